@@ -1,0 +1,128 @@
+"""Registries of components, and the rule that a constructor's signature is its configuration.
+
+A component is a class whose keyword-only, annotated constructor arguments are its hyper-parameters. From that signature
+comes the pydantic schema that validates YAML, fills in defaults and is printed by `blto show NAME`; there is no second
+config class to keep in step. Entries are `"module:Class"` strings, so naming a component does not import torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from blto.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a component is and where it comes from, as data: shown by `blto show`, the docs and the report."""
+
+    title: str
+    summary: str
+    paper: str = ""
+    year: int = 0
+    threat_model: str = ""
+    norm: str = ""
+
+
+class Registry(Generic[T]):
+    """Names of one kind of component, each resolved on first use.
+
+    Args:
+        kind: the word used in messages ("attack").
+        entries: name -> "module:attribute".
+        pattern: resolves names that are not listed (`timm/...`): given the name, returns "module:attribute" or None.
+    """
+
+    def __init__(
+        self, kind: str, entries: Mapping[str, str], *, pattern: Callable[[str], str | None] | None = None
+    ) -> None:
+        self.kind = kind
+        self._entries = dict(entries)
+        self._pattern = pattern
+
+    def names(self) -> list[str]:
+        """All listed names, sorted."""
+        return sorted(self._entries)
+
+    def get(self, name: str) -> Callable[..., T]:
+        """The class behind `name`. Raises ConfigError with the nearest known name."""
+        entry = self._entries.get(name) or (self._pattern(name) if self._pattern else None)
+        if entry is None:
+            raise ConfigError(f'unknown {self.kind} "{name}"; {nearest(name, self._entries)}.')
+        module, _, attribute = entry.partition(":")
+        return typing.cast(Callable[..., T], getattr(import_module(module), attribute))
+
+    def schema(self, name: str) -> type[BaseModel]:
+        """The pydantic model of a component's keyword-only arguments: extra keys forbidden, values frozen."""
+        return signature_schema(self.get(name), name)
+
+    def resolve(self, spec: Mapping[str, Any] | str, where: str = "") -> dict[str, Any]:
+        """Validate `{"name": ..., **arguments}` (or a bare name) and fill in every default.
+
+        Raises:
+            ConfigError: unknown name, unknown key, wrong type or out of range; the message names the key under `where`.
+        """
+        given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+        where = where or self.kind
+        name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"{where}: needs a name; {nearest(str(name), self._entries)}.")
+        model = validate(self.schema(name), given, where)
+        return {"name": name, **model.model_dump(mode="json")}
+
+    def build(self, spec: Mapping[str, Any] | str, *collaborators: Any) -> T:
+        """Construct a component from its spec; `collaborators` are its positional arguments."""
+        resolved = self.resolve(spec)
+        name = resolved.pop("name")
+        model = validate(self.schema(name), resolved, self.kind)
+        return self.get(name)(*collaborators, **{field: getattr(model, field) for field in type(model).model_fields})
+
+    def card(self, name: str) -> Card:
+        """The component's card."""
+        return typing.cast(Card, self.get(name).card)  # type: ignore[attr-defined]  # every entry has one: contract test
+
+    def cards(self) -> dict[str, dict[str, Any]]:
+        """All cards as plain data."""
+        return {name: asdict(self.card(name)) for name in self.names()}
+
+
+def signature_schema(component: Callable[..., Any], name: str) -> type[BaseModel]:
+    """Derive a pydantic model from the keyword-only arguments of `component`."""
+    target = component.__init__ if inspect.isclass(component) else component  # type: ignore[misc]  # a class's own
+    hints = typing.get_type_hints(target, include_extras=True)
+    fields: dict[str, Any] = {}
+    for argument in inspect.signature(component).parameters.values():
+        if argument.kind is inspect.Parameter.KEYWORD_ONLY:
+            default = ... if argument.default is inspect.Parameter.empty else argument.default
+            fields[argument.name] = (hints[argument.name], default)
+    config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    return create_model(f"{name}_spec", __config__=config, **fields)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], given: Mapping[str, Any], where: str) -> M:
+    """Build `model` from `given`; the first problem becomes one ConfigError line that names the key under `where`."""
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in (where, *problem["loc"]) if str(part))
+        if problem["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"{key}: unknown key; {nearest(str(problem['loc'][-1]), model.model_fields)}."
+            ) from error
+        value = problem.get("input")
+        shown = f" (given: {value!r:.60})" if problem["type"] != "missing" else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{key}: {message[0].lower()}{message[1:]}{shown}.") from error

@@ -1,0 +1,1 @@
+"""Where and how things run: device and precision, seed streams, the JSONL log, progress bars."""
