@@ -88,7 +88,7 @@ class Registry(Generic[T]):
 
     def card(self, name: str) -> Card:
         """The component's card."""
-        return typing.cast(Card, self.get(name).card)  # type: ignore[attr-defined]  # every entry has one: contract test
+        return typing.cast(Card, self.get(name).card)
 
     def cards(self) -> dict[str, dict[str, Any]]:
         """All cards as plain data."""
@@ -119,9 +119,7 @@ def validate(model: type[M], given: Mapping[str, Any], where: str) -> M:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in (where, *problem["loc"]) if str(part))
         if problem["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"{key}: unknown key; {nearest(str(problem['loc'][-1]), model.model_fields)}."
-            ) from error
+            raise ConfigError(f"{key}: unknown key; {nearest(str(problem['loc'][-1]), model.model_fields)}.") from error
         value = problem.get("input")
         shown = f" (given: {value!r:.60})" if problem["type"] != "missing" else ""
         message = problem["msg"].removeprefix("Value error, ")
