@@ -71,10 +71,14 @@ class Diverged(BltoError):
 
 
 class Interrupted(BltoError):
-    """Ctrl-C or SIGTERM: the state is saved and the message says how to go on."""
+    """Ctrl-C (exit 130) or SIGTERM (exit 143): the state is saved and the message says how to go on."""
 
     code = "INTERRUPTED"
     exit_code = 130
+
+    def __init__(self, message: str, *, signal_number: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + (signal_number or 2)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

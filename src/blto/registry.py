@@ -12,13 +12,14 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from blto.errors import ConfigError, nearest
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,27 @@ class Card:
     norm: str = ""
 
 
+class Component(Protocol[T_co]):
+    """What a registry holds: a class (or a callable object) with a card, configured by keyword-only arguments."""
+
+    card: Card
+
+    def __call__(self, *collaborators: Any, **hyper_parameters: Any) -> T_co:
+        """Construct the component."""
+        ...
+
+
 class Registry(Generic[T]):
     """Names of one kind of component, each resolved on first use.
 
     Args:
         kind: the word used in messages ("attack").
         entries: name -> "module:attribute".
-        pattern: resolves names that are not listed (`timm/...`): given the name, returns "module:attribute" or None.
+        pattern: resolves names that are not listed (`timm/...`): given the name, returns a component or None.
     """
 
     def __init__(
-        self, kind: str, entries: Mapping[str, str], *, pattern: Callable[[str], str | None] | None = None
+        self, kind: str, entries: Mapping[str, str], *, pattern: Callable[[str], Component[T] | None] | None = None
     ) -> None:
         self.kind = kind
         self._entries = dict(entries)
@@ -53,13 +64,15 @@ class Registry(Generic[T]):
         """All listed names, sorted."""
         return sorted(self._entries)
 
-    def get(self, name: str) -> Callable[..., T]:
-        """The class behind `name`. Raises ConfigError with the nearest known name."""
-        entry = self._entries.get(name) or (self._pattern(name) if self._pattern else None)
-        if entry is None:
+    def get(self, name: str) -> Component[T]:
+        """The component behind `name`. Raises ConfigError with the nearest known name."""
+        if name in self._entries:
+            module, _, attribute = self._entries[name].partition(":")
+            return typing.cast(Component[T], getattr(import_module(module), attribute))
+        component = self._pattern(name) if self._pattern else None
+        if component is None:
             raise ConfigError(f'unknown {self.kind} "{name}"; {nearest(name, self._entries)}.')
-        module, _, attribute = entry.partition(":")
-        return typing.cast(Callable[..., T], getattr(import_module(module), attribute))
+        return component
 
     def schema(self, name: str) -> type[BaseModel]:
         """The pydantic model of a component's keyword-only arguments: extra keys forbidden, values frozen."""
@@ -88,7 +101,7 @@ class Registry(Generic[T]):
 
     def card(self, name: str) -> Card:
         """The component's card."""
-        return typing.cast(Card, self.get(name).card)
+        return self.get(name).card
 
     def cards(self) -> dict[str, dict[str, Any]]:
         """All cards as plain data."""
@@ -97,7 +110,10 @@ class Registry(Generic[T]):
 
 def signature_schema(component: Callable[..., Any], name: str) -> type[BaseModel]:
     """Derive a pydantic model from the keyword-only arguments of `component`."""
-    target = component.__init__ if inspect.isclass(component) else component  # type: ignore[misc]  # a class's own
+    if inspect.isclass(component):
+        target: Any = component.__init__
+    else:
+        target = component if inspect.isfunction(component) else type(component).__call__
     hints = typing.get_type_hints(target, include_extras=True)
     fields: dict[str, Any] = {}
     for argument in inspect.signature(component).parameters.values():

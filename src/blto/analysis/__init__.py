@@ -1,1 +1,24 @@
-"""To be written."""
+"""Figures: arrays in, matplotlib Figure out, one function per kind; `save_figure` writes SVG and CSV."""
+
+from __future__ import annotations
+
+from blto.analysis.bars import metric_bars
+from blto.analysis.curves import alignment_uniformity, crafting_curve, similarity_trajectory
+from blto.analysis.embedding import embed, embedding_map
+from blto.analysis.from_record import record_figures
+from blto.analysis.images import residual_grid, residual_table
+from blto.analysis.save import save_figure, svg_text
+
+__all__ = [
+    "alignment_uniformity",
+    "crafting_curve",
+    "embed",
+    "embedding_map",
+    "metric_bars",
+    "record_figures",
+    "residual_grid",
+    "residual_table",
+    "save_figure",
+    "similarity_trajectory",
+    "svg_text",
+]

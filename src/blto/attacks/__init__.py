@@ -1,1 +1,21 @@
-"""To be written."""
+"""Attacks, one paper or control a file. Each trains a trigger; how poisons are made from it is the same for all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blto.registry import Registry
+
+if TYPE_CHECKING:
+    from blto.attacks.base import Attack
+
+ATTACKS: Registry[Attack] = Registry(
+    "attack",
+    {
+        "blto": "blto.attacks.blto:BLTO",
+        "clean": "blto.attacks.clean:Clean",
+        "frozen_surrogate": "blto.attacks.frozen_surrogate:FrozenSurrogate",
+        "universal_delta": "blto.attacks.universal_delta:UniversalDelta",
+        "untrained_generator": "blto.attacks.untrained_generator:UntrainedGenerator",
+    },
+)

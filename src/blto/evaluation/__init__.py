@@ -1,1 +1,52 @@
-"""To be written."""
+"""Evaluation: features, probes, the definitions of attack success, statistics, feature geometry, stealth.
+
+Sees encoders, triggers and predictions, never an attack.
+"""
+
+from __future__ import annotations
+
+from blto.evaluation.features import Features, evaluating, extract
+from blto.evaluation.geometry import alignment, similarity, uniformity
+from blto.evaluation.metrics import METRIC_NAMES, aggregate, backdoor_metrics, rate
+from blto.evaluation.probes import PROBES, KNNProbe, LinearModel, LinearProbe, Predict, Probe, fit_probe, knn_predict
+from blto.evaluation.statistics import (
+    Interval,
+    lift_interval,
+    paired_difference_interval,
+    sign_flip_test,
+    student_t_interval,
+    wilson,
+)
+from blto.evaluation.stealth import l2, linf, measure_stealth, psnr, ssim
+
+__all__ = [
+    "METRIC_NAMES",
+    "PROBES",
+    "Features",
+    "Interval",
+    "KNNProbe",
+    "LinearModel",
+    "LinearProbe",
+    "Predict",
+    "Probe",
+    "aggregate",
+    "alignment",
+    "backdoor_metrics",
+    "evaluating",
+    "extract",
+    "fit_probe",
+    "knn_predict",
+    "l2",
+    "lift_interval",
+    "linf",
+    "measure_stealth",
+    "paired_difference_interval",
+    "psnr",
+    "rate",
+    "sign_flip_test",
+    "similarity",
+    "ssim",
+    "student_t_interval",
+    "uniformity",
+    "wilson",
+]

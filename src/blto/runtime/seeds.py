@@ -8,6 +8,8 @@ training nothing is drawn from a stream's *state*: batch order is a function of 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -27,6 +29,9 @@ def numpy_generator(seed: int, stream: Stream, *parts: int | str) -> np.random.G
     return np.random.Generator(np.random.Philox(stream_seed(seed, stream, *parts)))
 
 
-def torch_generator(seed: int, stream: Stream, *parts: int | str) -> torch.Generator:
-    """A fresh CPU torch generator for one purpose."""
-    return torch.Generator().manual_seed(stream_seed(seed, stream, *parts))
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator for the block (weights, dropout) and leave it afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

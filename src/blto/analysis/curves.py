@@ -1,0 +1,120 @@
+"""Curves over training: how near the trigger brings an image to the target class, and what the features look like.
+
+All similarities are cosines between mean-centred features and the centroid of the target class. Uncentred, every image
+resembles every other after a ReLU and pooling, and a curve shows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from blto.analysis.style import CLEAN, MUTED, TARGET, TRIGGERED, TWIN, column, legend_below, new_figure, styled
+
+SIMILARITY = "Cosine similarity to target class"
+
+Twin = tuple[ArrayLike, ArrayLike]
+
+
+@styled
+def similarity_trajectory(
+    epochs: ArrayLike, triggered: ArrayLike, clean: ArrayLike, target: ArrayLike, *, twin: Twin | None = None
+) -> Figure:
+    """Trigger-target similarity over the victim's training (the BLTO paper's Figure 1).
+
+    Args:
+        epochs: (T,) victim epochs at which the rest was measured.
+        triggered: (T,) similarity of triggered images of other classes to the target class.
+        clean: (T,) the same images without the trigger: the level of no effect.
+        target: (T,) clean images of the target class: the level of full effect.
+        twin: (epochs, triggered) of the clean twin, on the same triggered images.
+
+    Raises:
+        ConfigError: an argument is not a row of finite numbers, or the lengths differ.
+    """
+    x = column(epochs, "epochs")
+    figure, [axes] = new_figure(3.3)
+    axes.plot(x, column(target, "target", len(x)), color=TARGET, linestyle="--", label="target-class images")
+    axes.plot(x, column(triggered, "triggered", len(x)), color=TRIGGERED, marker="o", label="triggered, poisoned")
+    if twin is not None:
+        twin_x = column(twin[0], "twin epochs")
+        twin_y = column(twin[1], "twin triggered", len(twin_x))
+        axes.plot(twin_x, twin_y, color=TWIN, marker="s", markerfacecolor="none", label="triggered, clean twin")
+    axes.plot(x, column(clean, "clean", len(x)), color=CLEAN, linestyle=":", label="other classes, no trigger")
+    axes.set(xlabel="Victim training (epochs)", ylabel=SIMILARITY)
+    _whole_numbers(axes)
+    legend_below(figure, axes)
+    return figure
+
+
+@styled
+def alignment_uniformity(
+    epochs: ArrayLike,
+    alignment: ArrayLike,
+    uniformity: ArrayLike,
+    *,
+    twin: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+) -> Figure:
+    """Alignment and uniformity of the victim's features over training (Wang and Isola 2020; the paper's Figure 4).
+
+    Args:
+        epochs: (T,) victim epochs.
+        alignment: (T,) mean squared distance between unit features of two views of an image, 0 to 4.
+        uniformity: (T,) log of the mean Gaussian potential between images, at most 0.
+        twin: (epochs, alignment, uniformity) of the clean twin.
+
+    Raises:
+        ConfigError: an argument is not a row of finite numbers, or the lengths differ.
+    """
+    x = column(epochs, "epochs")
+    figure, panels = new_figure(4.2, rows=2)
+    names = ("Alignment (squared distance)", "Uniformity (log potential)")
+    for index, (axes, name, values) in enumerate(zip(panels, names, (alignment, uniformity), strict=True)):
+        axes.plot(x, column(values, name, len(x)), color=TRIGGERED, marker="o", label="poisoned")
+        if twin is not None:
+            twin_x = column(twin[0], "twin epochs")
+            twin_y = column(twin[1 + index], f"twin {name}", len(twin_x))
+            axes.plot(twin_x, twin_y, color=TWIN, marker="s", markerfacecolor="none", label="clean twin")
+        axes.set_title(f"{name}, lower is better")
+    panels[-1].set_xlabel("Victim training (epochs)")
+    _whole_numbers(panels[-1])
+    legend_below(figure, panels[0])
+    return figure
+
+
+@styled
+def crafting_curve(
+    steps: ArrayLike, triggered: ArrayLike, clean: ArrayLike, target: ArrayLike, *, restarts: Sequence[float] = ()
+) -> Figure:
+    """Similarities on the surrogate while the trigger is made.
+
+    Args:
+        steps: (T,) generator steps.
+        triggered: (T,) similarity of triggered images to the target class, on the surrogate of that step.
+        clean: (T,) the same images without the trigger.
+        target: (T,) clean images of the target class.
+        restarts: steps at which the surrogate was initialised anew.
+
+    Raises:
+        ConfigError: an argument is not a row of finite numbers, or the lengths differ.
+    """
+    x = column(steps, "steps")
+    figure, [axes] = new_figure(3.3)
+    axes.plot(x, column(target, "target", len(x)), color=TARGET, linestyle="--", label="target-class images")
+    axes.plot(x, column(triggered, "triggered", len(x)), color=TRIGGERED, label="triggered")
+    axes.plot(x, column(clean, "clean", len(x)), color=CLEAN, linestyle=":", label="other classes, no trigger")
+    for index, step in enumerate(restarts):
+        label = "surrogate starts anew" if index == 0 else None
+        axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), label=label)
+    axes.set(xlabel="Trigger optimization (generator steps)", ylabel=SIMILARITY)
+    _whole_numbers(axes)
+    legend_below(figure, axes)
+    return figure
+
+
+def _whole_numbers(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -1,0 +1,105 @@
+"""The figures that a run's record is enough for, with the numbers behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from blto.analysis.bars import metric_bars
+from blto.analysis.curves import alignment_uniformity, crafting_curve, similarity_trajectory
+from blto.records import Metric, RunRecord
+
+Columns = dict[str, list[Any]]
+Entries = Sequence[dict[str, Any]]
+
+SIMILARITIES = ("similarity_triggered", "similarity_clean", "similarity_target")
+
+
+def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
+    """Name -> (figure, plotted columns) for everything that `record` has measured; what it has not is left out.
+
+    Entries of `trajectory` and `trajectory_clean_twin` are read under "epoch", "similarity_triggered",
+    "similarity_clean", "similarity_target", "alignment" and "uniformity"; those of `crafting` under "step", the three
+    similarities and "surrogate", a number that changes when the surrogate starts anew.
+    """
+    makers: dict[str, Callable[[RunRecord], tuple[Figure, Columns] | None]] = {
+        "similarity_trajectory": _similarity,
+        "alignment_uniformity": _alignment,
+        "crafting_curve": _crafting,
+        "metric_bars": _bars,
+    }
+    made = {name: maker(record) for name, maker in makers.items()}
+    return {name: pair for name, pair in made.items() if pair is not None}
+
+
+def _similarity(record: RunRecord) -> tuple[Figure, Columns] | None:
+    poisoned = _columns(record.trajectory, "epoch", *SIMILARITIES)
+    if poisoned is None:
+        return None
+    twin = _columns(record.trajectory_clean_twin, "epoch", "similarity_triggered")
+    figure = similarity_trajectory(*poisoned.values(), twin=tuple(twin.values()) if twin else None)  # type: ignore[arg-type]
+    return figure, _stacked(poisoned, twin)
+
+
+def _alignment(record: RunRecord) -> tuple[Figure, Columns] | None:
+    names = ("epoch", "alignment", "uniformity")
+    poisoned, twin = _columns(record.trajectory, *names), _columns(record.trajectory_clean_twin, *names)
+    if poisoned is None:
+        return None
+    figure = alignment_uniformity(*poisoned.values(), twin=tuple(twin.values()) if twin else None)  # type: ignore[arg-type]
+    return figure, _stacked(poisoned, twin)
+
+
+def _crafting(record: RunRecord) -> tuple[Figure, Columns] | None:
+    crafted = _columns(record.crafting, "step", *SIMILARITIES)
+    if crafted is None:
+        return None
+    surrogates = [entry.get("surrogate", 0) for entry in record.crafting]
+    fresh = [before != after for before, after in pairwise(surrogates)]
+    restarts = [step for step, new in zip(crafted["step"][1:], fresh, strict=True) if new]
+    return crafting_curve(*crafted.values(), restarts=restarts), {**crafted, "surrogate": surrogates}
+
+
+def _bars(record: RunRecord) -> tuple[Figure, Columns] | None:
+    """ASR of each probe, with the clean twin's."""
+    unknown = Metric(value=None, n=0)
+    rows: Columns = {"probe": [], "asr": [], "low": [], "high": [], "asr_clean_twin": [], "n": []}
+    for probe, metrics in record.metrics.items():
+        asr, twin = metrics.get("asr", unknown), metrics.get("asr_clean_twin", unknown)
+        for name, value in zip(rows, (probe, asr.value, asr.low, asr.high, twin.value, asr.n), strict=True):
+            rows[name].append(value)
+    if all(value is None for value in rows["asr"]):
+        return None
+    figure = metric_bars(
+        [f"{probe} probe" for probe in rows["probe"]],
+        [_number(value) for value in rows["asr"]],
+        [_number(value) for value in rows["low"]],
+        [_number(value) for value in rows["high"]],
+        twin=[_number(value) for value in rows["asr_clean_twin"]],
+        unit="Attack success rate",
+    )
+    return figure, rows
+
+
+def _columns(entries: Entries, *names: str) -> Columns | None:
+    """The named values of all entries as columns, or None if there are no entries or one lacks a value."""
+    if not entries or any(entry.get(name) is None for entry in entries for name in names):
+        return None
+    return {name: [entry[name] for entry in entries] for name in names}
+
+
+def _stacked(poisoned: Columns, twin: Columns | None) -> Columns:
+    """Both encoders' rows under each other, told apart by the column "encoder"; what the twin lacks stays empty."""
+    count = len(poisoned["epoch"])
+    other = len(twin["epoch"]) if twin else 0
+    columns: Columns = {"encoder": ["poisoned"] * count + ["clean twin"] * other}
+    for name, values in poisoned.items():
+        columns[name] = [*values, *((twin or {}).get(name, [None] * other))]
+    return columns
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

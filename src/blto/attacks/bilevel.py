@@ -1,0 +1,395 @@
+"""The bi-level loop of BLTO: what the paper fixes, and every choice that it leaves open as an option.
+
+Sun et al., ICLR 2024 (arXiv 2404.07863), section 3 and Algorithm 1. Two problems alternate for N rounds:
+- inner: K steps of a surrogate victim on clean data together with the poisoned images, with its own loss and
+  augmentations, through the victims' own `Trainer.train_step`;
+- outer: J steps of the trigger, which move g(x), for x from the whole data, towards reference images of the target
+  class in the surrogate's feature space, both sides augmented. The gradient is first order: it flows through features
+  and views only.
+Every R rounds the surrogate starts anew, so that the trigger meets the whole trajectory of a training.
+
+This is a re-implementation from the published objective. N, K, J, R, optimisers and batch sizes are not published;
+the defaults are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from blto.attacks.base import Surroundings
+from blto.data.images import ImageSet
+from blto.data.views import Views
+from blto.errors import Diverged, Interrupted
+from blto.files import append_jsonl, canonical_json, sha256_bytes
+from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
+from blto.pretraining import checkpoint
+from blto.pretraining.loop import batches, build_method
+from blto.pretraining.spec import OptimizerSpec, RecipeSpec
+from blto.pretraining.trainer import Trainer
+from blto.runtime.interrupts import stop_requests
+from blto.runtime.seeds import numpy_generator, seeded, stream_seed
+
+CHECKPOINT = "crafting_checkpoint.safetensors"
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+ROUNDS_BETWEEN_ROWS = 10
+"""How often the trajectory gets a row and the state may be saved."""
+
+
+class BilevelSpec(BaseModel):
+    """The options of the bi-level loop.
+
+    Attributes:
+        rounds: N, alternations of inner and outer steps.
+        inner_steps: K, surrogate steps a round.
+        outer_steps: J, trigger steps a round.
+        reinitialise_every: R, rounds after which the surrogate starts anew; its schedule spans one such period.
+        warm_start_steps: surrogate steps after each (re-)initialisation before the trigger moves.
+        surrogate: method, backbone, views and optimiser of the attacker's own victim (paper: SimSiam, ResNet-18).
+        inner_poison_rate: poisoned share of the surrogate's data; None is the attack's own poison rate.
+        outer_batch_size: images x, and as many reference images, an outer step.
+        outer_lr: learning rate of Adam on the trigger.
+        similarity: "raw" is the cosine of features, the paper's; "centred" subtracts the mean feature of clean images
+            first, since features after a ReLU all point the same way.
+        target: "pairwise" pairs each x with one reference image; "centroid" aims at the references' mean direction.
+        feature_layer: the encoder's "features", or the projector's "embeddings" that the surrogate's loss compares.
+        batch_norm: of the surrogate in outer steps: "eval" uses its running statistics, "batch" those of the triggered,
+            reference and clean views together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rounds: Annotated[int, Field(ge=1)] = 4000
+    inner_steps: Annotated[int, Field(ge=1)] = 1
+    outer_steps: Annotated[int, Field(ge=1)] = 1
+    reinitialise_every: Annotated[int, Field(ge=1)] = 1000
+    warm_start_steps: Annotated[int, Field(ge=0)] = 0
+    surrogate: RecipeSpec = RecipeSpec(
+        method="simsiam", views="simsiam_cifar", batch_size=512, optimizer=OptimizerSpec(lr=0.06)
+    )
+    inner_poison_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    outer_batch_size: Annotated[int, Field(ge=2)] = 128
+    outer_lr: Annotated[float, Field(gt=0)] = 1e-3
+    similarity: Literal["raw", "centred"] = "centred"
+    target: Literal["pairwise", "centroid"] = "centroid"
+    feature_layer: Literal["features", "embeddings"] = "features"
+    batch_norm: Literal["eval", "batch"] = "eval"
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Mean cosine to the target over a batch: of triggered, of clean and of the target's own (reference) views."""
+
+    trigger: Tensor
+    clean: Tensor
+    target: Tensor
+
+
+def similarities(
+    triggered: Tensor, references: Tensor, clean: Tensor, *, centred: bool, centroid: bool
+) -> Similarities:
+    """The outer objective (the paper's S, to be maximised in `trigger`), with its two yardsticks.
+
+    Args:
+        triggered, references, clean: features (B, D) of the views of g(x), of reference images, and of x itself. The
+            gradient flows through `triggered` alone.
+        centred: subtract the mean of `clean` first.
+        centroid: compare with the references' mean direction instead of one reference each.
+    """
+    references, clean = references.detach(), clean.detach()
+    centre = clean.mean(dim=0) if centred else torch.zeros_like(clean[0])
+    triggered, references, clean = (F.normalize(f - centre, dim=1) for f in (triggered, references, clean))
+    if centroid:
+        goal = F.normalize(references.mean(dim=0, keepdim=True), dim=1)
+        return Similarities(*((f * goal).sum(dim=1).mean() for f in (triggered, clean, references)))
+    return Similarities(
+        (triggered * references).sum(dim=1).mean(),
+        (clean * references).sum(dim=1).mean(),
+        (references * references.roll(1, dims=0)).sum(dim=1).mean(),
+    )
+
+
+class BilevelOptimisation:
+    """One run of the loop: surrogate, trigger, their optimisers, and where they stand.
+
+    Args:
+        trigger: what is learned; trained in place.
+        images: the attacker's labeled images.
+        spec: the options.
+        target_class, poison_rate: the attack's.
+        seed: the run's seed; everything drawn here comes from its `trigger` stream.
+        device: "auto", "cpu" or "cuda".
+        frozen: train the surrogate once, on clean data, for as long as one period lasts, and never again (the
+            `frozen_surrogate` control: the same budget of trigger steps without an inner problem).
+    """
+
+    def __init__(
+        self,
+        trigger: Trigger,
+        images: ImageSet,
+        spec: BilevelSpec,
+        *,
+        target_class: int,
+        poison_rate: float,
+        seed: int,
+        device: str = "auto",
+        frozen: bool = False,
+    ) -> None:
+        assert images.labels is not None  # checked by `plan_replacement` for every caller
+        self.trigger, self.images, self.spec, self.seed, self.frozen = trigger, images, spec, seed, frozen
+        self.device = device
+        inner_rate = poison_rate if spec.inner_poison_rate is None else spec.inner_poison_rate
+        plan = plan_replacement(
+            images.labels,
+            num_classes=images.num_classes,
+            target_class=target_class,
+            poison_rate=0.0 if frozen else inner_rate,
+            seed=seed,
+        )
+        self.is_poisoned = np.zeros(len(images), dtype=bool)
+        self.is_poisoned[plan.indices] = True
+        self.surrogate_images = np.array(images.images)
+        self.references = np.flatnonzero(images.labels == target_class)
+        self.views = Views(spec.surrogate.views, images.image_size)
+        self.optimizer = torch.optim.Adam(trigger.parameters(), lr=spec.outer_lr)
+        self.round = 0
+        self.trajectory: list[dict[str, float]] = []
+        self._order: tuple[int, int, np.ndarray[Any, Any]] = (-1, -1, np.empty(0))
+        self.surrogate = self.new_surrogate(0)
+        trigger.to(self.surrogate.fabric.device)
+
+    @property
+    def period(self) -> int:
+        """Which surrogate, from 0, the present round belongs to."""
+        return 0 if self.frozen else self.round // self.spec.reinitialise_every
+
+    @property
+    def surrogate_period(self) -> int:
+        """The period of the surrogate at hand: a round that ends a period leaves the old surrogate in place."""
+        return 0 if self.frozen else max(0, self.round - 1) // self.spec.reinitialise_every
+
+    def new_surrogate(self, period: int) -> Trainer:
+        """A surrogate with fresh weights and a fresh schedule."""
+        seed = stream_seed(self.seed, "trigger", "surrogate", period)
+        recipe = self.spec.surrogate
+        return Trainer(
+            build_method(recipe, seed=seed, image_size=self.images.image_size),
+            optimizer=recipe.optimizer,
+            total_steps=self.spec.warm_start_steps + self.spec.reinitialise_every * self.spec.inner_steps,
+            device=self.device,
+            precision=recipe.precision,
+        )
+
+    def inner_step(self) -> None:
+        """One step of the surrogate on clean images together with freshly triggered poisons."""
+        steps_per_epoch = max(1, len(self.images) // self.spec.surrogate.batch_size)
+        epoch, batch = divmod(self.surrogate.step, steps_per_epoch)
+        seed = stream_seed(self.seed, "trigger", "inner", self.period)
+        if self._order[:2] != (self.period, epoch):
+            size = min(self.spec.surrogate.batch_size, len(self.images))
+            self._order = (self.period, epoch, batches(len(self.images), size, seed=seed, epoch=epoch))
+        rows = self._order[2][batch]
+        poisoned = rows[self.is_poisoned[rows]]
+        if len(poisoned):
+            self.surrogate_images[poisoned] = apply_to_uint8(self.trigger, self.images.images[poisoned])
+        drawn = (self.views.draw(seed=seed, epoch=epoch, samples=rows, view=view) for view in (0, 1))
+        device = self.surrogate.fabric.device
+        self.surrogate.train_step([self.views.fast(self.surrogate_images, rows, d).to(device) for d in drawn])
+
+    def outer_step(self, number: int) -> Similarities:
+        """One step of the trigger; `number` counts them from 0 and fixes what is drawn."""
+        draw = numpy_generator(self.seed, "trigger", "outer", number)
+        size = self.spec.outer_batch_size
+        rows = draw.choice(len(self.images), size, replace=len(self.images) < size)
+        references = draw.choice(self.references, size, replace=len(self.references) < size)
+        seed, device = stream_seed(self.seed, "trigger", "outer views"), self.surrogate.fabric.device
+        view, reference_view = (
+            self.views.draw(seed=seed, epoch=number, samples=r, view=v) for v, r in enumerate((rows, references))
+        )
+        self.trigger.train()
+        clean_images = torch.from_numpy(self.images.images[rows]).to(device).float() / 255
+        with self.surrogate.fabric.autocast():
+            triggered = self.views.differentiable(self.trigger(clean_images).float(), view)
+        found = similarities(
+            *self._features(
+                triggered,
+                self.views.fast(self.images.images, references, reference_view).to(device),
+                self.views.fast(self.images.images, rows, view).to(device),
+            ),
+            centred=self.spec.similarity == "centred",
+            centroid=self.spec.target == "centroid",
+        )
+        parameters = list(self.trigger.parameters())
+        gradients = torch.autograd.grad(-found.trigger, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        return found
+
+    def _features(self, triggered: Tensor, references: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of the three batches of views in the layer, and with the batch norm, that the spec names."""
+        if self.spec.batch_norm == "batch":
+            with _batch_statistics(self.surrogate.method):
+                first, second, third = self._embed(torch.cat((triggered, references, clean))).chunk(3)
+            return first, second, third
+        self.surrogate.method.eval()
+        with torch.no_grad():
+            second, third = self._embed(torch.cat((references, clean))).chunk(2)
+        return self._embed(triggered), second, third
+
+    def _embed(self, views: Tensor) -> Tensor:
+        method = self.surrogate.method
+        with self.surrogate.fabric.autocast():
+            features = method.encoder(views.contiguous(memory_format=torch.channels_last))
+            return (method.project(features) if self.spec.feature_layer == "embeddings" else features).float()
+
+    def one_round(self) -> Similarities:
+        """(Re-initialise and warm up where it is time;) K inner steps, J outer steps."""
+        starts = self.round == 0 if self.frozen else self.round % self.spec.reinitialise_every == 0
+        if starts:
+            self.surrogate = self.new_surrogate(self.period)
+            for _ in range(self.surrogate.total_steps if self.frozen else self.spec.warm_start_steps):
+                self.inner_step()
+        for _ in range(0 if self.frozen else self.spec.inner_steps):
+            self.inner_step()
+        for step in range(self.spec.outer_steps):
+            found = self.outer_step(self.round * self.spec.outer_steps + step)
+        self.round += 1
+        return found
+
+
+class _batch_statistics:  # noqa: N801  # a context manager, named as it reads
+    """Batch norm normalises with the batch's statistics and leaves the running ones alone."""
+
+    def __init__(self, method: nn.Module) -> None:
+        self.method = method
+        self.norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.method.eval()
+        for norm in self.norms:
+            norm.train()
+            norm.track_running_stats = False
+
+    def __exit__(self, *_: object) -> None:
+        for norm in self.norms:
+            norm.track_running_stats = True
+
+
+def optimise_trigger(
+    trigger: Trigger,
+    images: ImageSet,
+    spec: BilevelSpec,
+    *,
+    target_class: int,
+    poison_rate: float,
+    seed: int,
+    surroundings: Surroundings,
+    frozen: bool = False,
+) -> list[dict[str, float]]:
+    """Run the whole loop, resumably; trains `trigger` in place and returns its trajectory.
+
+    Each row: `round`, `period` (which surrogate), and the similarity to the target of `trigger`, `clean` and `target`
+    views on the surrogate of that round.
+
+    Raises:
+        ConfigError: a target class or poison rate that the data do not have.
+        Diverged: the surrogate's loss or the similarity became NaN or Inf.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a folder.
+    """
+    run = BilevelOptimisation(
+        trigger,
+        images,
+        spec,
+        target_class=target_class,
+        poison_rate=poison_rate,
+        seed=seed,
+        device=surroundings.device,
+        frozen=frozen,
+    )
+    inputs = [
+        spec.model_dump(mode="json"),
+        trigger.spec(),
+        target_class,
+        poison_rate,
+        seed,
+        frozen,
+        images.content_hash,
+    ]
+    kept = _Kept(run, surroundings.folder, sha256_bytes(canonical_json(inputs)))
+    bar = surroundings.progress.bar("learn the trigger", spec.rounds)
+    with seeded(stream_seed(seed, "trigger", "dropout")), bar as advance, stop_requests() as stop:
+        if surroundings.resume:
+            kept.restore()
+        while run.round < spec.rounds:
+            found = run.one_round()
+            if run.round % ROUNDS_BETWEEN_ROWS == 0 or run.round == spec.rounds:
+                row = kept.note(found)
+                advance(run.round, f"trigger {row['trigger']:.2f} clean {row['clean']:.2f} target {row['target']:.2f}")
+            if stop:
+                kept.save()
+                raise Interrupted(
+                    f"stopped at round {run.round} of {spec.rounds}; run the same command with --resume.",
+                    signal_number=stop.signal_number,
+                )
+    trigger.eval()
+    return run.trajectory
+
+
+class _Kept:
+    """What outlives the process: the trajectory, the log and the checkpoint."""
+
+    def __init__(self, run: BilevelOptimisation, folder: Path | None, identity: str) -> None:
+        self.run, self.folder, self.identity = run, folder, identity
+        self._saved_at = time.monotonic()
+
+    def note(self, found: Similarities) -> dict[str, float]:
+        """Add a row to the trajectory; look for NaN; save where it is time."""
+        run = self.run
+        row = {"round": float(run.round), "period": float(run.period)}
+        row |= {name: float(getattr(found, name)) for name in ("trigger", "clean", "target")}
+        if int(run.surrogate.first_bad_step) >= 0 or not math.isfinite(row["trigger"]):
+            raise Diverged(
+                f"the bi-level loop met NaN or Inf by round {run.round}; lower surrogate.optimizer.lr or outer_lr."
+            )
+        run.trajectory.append(row)
+        if self.folder:
+            append_jsonl(self.folder / "log.jsonl", {"event": "crafting", **row})
+        if time.monotonic() - self._saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+            self.save()
+        return row
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.folder:
+            run = self.run
+            state = {
+                **checkpoint.prefixed("trigger", run.trigger.state_dict()),
+                **checkpoint.prefixed("outer", checkpoint.optimizer_state(run.optimizer)),
+                **checkpoint.prefixed("surrogate", checkpoint.trainer_state(run.surrogate)),
+                "surrogate_images": torch.from_numpy(run.surrogate_images[run.is_poisoned]),
+            }
+            facts = {"round": run.round, "trajectory": run.trajectory}
+            checkpoint.save_checkpoint(self.folder / CHECKPOINT, state, identity=self.identity, facts=facts)
+            self._saved_at = time.monotonic()
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.folder and (self.folder / CHECKPOINT).exists():
+            run = self.run
+            state, facts = checkpoint.load_checkpoint(self.folder / CHECKPOINT, identity=self.identity)
+            run.trigger.load_state_dict(checkpoint.without_prefix("trigger", state))
+            checkpoint.restore_optimizer(run.optimizer, checkpoint.without_prefix("outer", state))
+            run.round, run.trajectory = int(facts["round"]), facts["trajectory"]
+            run.surrogate = run.new_surrogate(run.surrogate_period)
+            checkpoint.restore_trainer(run.surrogate, checkpoint.without_prefix("surrogate", state))
+            run.surrogate_images[run.is_poisoned] = state["surrogate_images"].numpy()

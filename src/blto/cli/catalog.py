@@ -1,0 +1,111 @@
+"""What `blto list` and `blto show` answer: every component, its card, and its options with type, range and default."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import BaseModel
+
+from blto.errors import ConfigError, nearest
+from blto.registry import Registry
+
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+_ENTRY = re.compile(r"    (\w+(?:, \w+)*): (.*)")
+
+
+def registries() -> dict[str, Registry[Any]]:
+    """Every registry, by the kind of component it holds."""
+    from blto.attacks import ATTACKS
+    from blto.data import DATASETS
+    from blto.models import BACKBONES, GENERATORS
+    from blto.pretraining import METHODS
+
+    return {registry.kind: registry for registry in (ATTACKS, METHODS, BACKBONES, GENERATORS, DATASETS)}
+
+
+def list_components(kind: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+    """The cards of all components: kind -> name -> card. Raises ConfigError for an unknown kind."""
+    known = registries()
+    if kind is not None and kind not in known:
+        raise ConfigError(f'unknown kind "{kind}"; {nearest(kind, known)}.')
+    return {each: registry.cards() for each, registry in known.items() if kind in (None, each)}
+
+
+def show(name: str) -> dict[str, Any]:
+    """One component in full: `kind`, `name`, `card` and `options` (key, accepts, default, meaning).
+
+    Args:
+        name: as listed; `kind:name` where two kinds share a name; `timm/...` and `torchvision/...` work too.
+
+    Raises:
+        ConfigError: unknown, with the nearest known name.
+    """
+    known = registries()
+    kind, colon, bare = name.rpartition(":")
+    if colon and kind not in known:
+        raise ConfigError(f'unknown kind "{kind}"; {nearest(kind, known)}.')
+    names = sorted({each for registry in known.values() for each in registry.names()})
+    for registry in [known[kind]] if colon else known.values():
+        if bare in registry.names() or (registry.kind == "backbone" and "/" in bare):
+            component = registry.get(bare)
+            options = _options(registry.schema(bare), inspect.getdoc(component) or "", "")
+            return {"kind": registry.kind, "name": bare, "card": asdict(registry.card(bare)), "options": options}
+    raise ConfigError(f'unknown component "{name}"; {nearest(bare, names)}.')
+
+
+def _options(model: type[BaseModel], docs: str, prefix: str, given: Any = None) -> list[dict[str, Any]]:
+    """One row per key; the keys of a nested model follow it with its own key in front.
+
+    Args:
+        docs: the docstring that explains the keys.
+        prefix: dotted keys in front of these.
+        given: the instance that is the default here, where a class's own defaults are overruled.
+    """
+    properties = model.model_json_schema()["properties"]
+    defaults = given.model_dump(mode="json") if isinstance(given, BaseModel) else {}
+    meanings = _meanings(docs)
+    rows: list[dict[str, Any]] = []
+    for key, field in model.model_fields.items():
+        nested: Any = field.annotation
+        row = {"key": prefix + key, "required": field.is_required(), "meaning": meanings.get(key, "")}
+        if inspect.isclass(nested) and issubclass(nested, BaseModel):
+            rows.append({**row, "accepts": "its own keys, below", "default": None})
+            inner = getattr(given, key, field.default)
+            rows += _options(nested, inspect.getdoc(nested) or "", f"{prefix}{key}.", inner)
+        else:
+            default = defaults.get(key, properties[key].get("default"))
+            rows.append({**row, "accepts": _accepts(properties[key]), "default": default})
+    return rows
+
+
+def _accepts(schema: dict[str, Any]) -> str:
+    """A property's JSON schema in words: `number > 0 and <= 1`, `"sgd" or "lars"`."""
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f'"{value}"' for value in schema.get("enum", [schema.get("const")]))
+    if "anyOf" in schema:
+        return " or ".join(_accepts(each) for each in schema["anyOf"])
+    if "$ref" in schema:
+        return "mapping"
+    kind = {"object": "name or mapping", "array": "list", "null": "null"}.get(schema.get("type", ""))
+    bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
+    return f"{kind or schema.get('type', 'any')} {bounds}".strip()
+
+
+def _meanings(docs: str) -> dict[str, str]:
+    """The `Args:` and `Attributes:` entries of a docstring, each on one line."""
+    meanings: dict[str, str] = {}
+    current: list[str] = []
+    inside = False
+    for line in docs.splitlines():
+        if line and not line.startswith(" "):
+            inside = line in {"Args:", "Attributes:"}
+        entry = _ENTRY.fullmatch(line) if inside else None
+        if entry:
+            current = entry[1].split(", ")
+            meanings.update(dict.fromkeys(current, entry[2]))
+        elif inside and line.startswith("        "):
+            meanings.update({key: f"{meanings[key]} {line.strip()}" for key in current})
+    return meanings

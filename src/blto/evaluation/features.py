@@ -1,0 +1,111 @@
+"""Features: what an encoder makes of images, extracted once and used by probes, defenses and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from blto.errors import ConfigError, Diverged
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Feature vectors of N images, on the CPU.
+
+    Args:
+        vectors: float32 (N, D), finite.
+        labels: int64 (N,), or None where they are unknown.
+        indices: int64 (N,), each vector's row in the image set it was extracted from.
+
+    Raises:
+        Diverged: a vector holds NaN or infinity, which a probe would silently turn into some class.
+        ConfigError: wrong types or lengths.
+    """
+
+    vectors: Tensor
+    labels: Tensor | None
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or self.vectors.dtype != torch.float32:
+            raise ConfigError(f"vectors are {self.vectors.dtype} {tuple(self.vectors.shape)}; give float32 (N, D).")
+        for name, column in (("labels", self.labels), ("indices", self.indices)):
+            if column is not None and (column.dtype != torch.int64 or column.shape != (len(self),)):
+                raise ConfigError(f"{name} are {column.dtype} {tuple(column.shape)}; give int64 ({len(self)},).")
+        if not torch.isfinite(self.vectors).all():
+            raise Diverged("features hold NaN or infinity; the encoder diverged, pretrain with a lower learning rate.")
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+def extract(
+    encoder: nn.Module,
+    images: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.int64] | None = None,
+    *,
+    indices: npt.NDArray[np.int64] | None = None,
+    batch_size: int = 512,
+    device: str | torch.device | None = None,
+    bf16: bool = False,
+) -> Features:
+    """Run every image once through the encoder in evaluation mode; nothing about the encoder changes.
+
+    Args:
+        encoder: images (B, 3, H, W) floats in [0, 1] -> (B, D).
+        images: uint8 (N, 3, H, W), in memory or memory-mapped.
+        labels: int64 (N,), or None.
+        indices: rows to take, in this order; None takes all.
+        batch_size: images per forward pass, at least 1. The last batch may be smaller; no image is left out.
+        device: where the encoder lies; None asks its first parameter.
+        bf16: run under bfloat16 autocast. The features are float32 all the same.
+
+    Raises:
+        ConfigError: images, labels or the encoder's output of another type or shape, or no image.
+        Diverged: the features are not finite.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ConfigError(f"images are {images.dtype} {images.shape}; give uint8 (N, 3, H, W).")
+    if labels is not None and len(labels) != len(images):
+        raise ConfigError(f"{len(labels)} labels for {len(images)} images; give one per image, or None.")
+    rows = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
+    if not len(rows) or batch_size < 1:
+        raise ConfigError(f"{len(rows)} images in batches of {batch_size}; give at least 1 of each.")
+    place = torch.device(device) if device is not None else _device_of(encoder)
+
+    batches = []
+    with evaluating(encoder), torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=bf16):
+        for start in range(0, len(rows), batch_size):
+            # Indexing with an array copies, which is what makes a read-only memory map safe to hand to torch.
+            batch = torch.from_numpy(images[rows[start : start + batch_size]]).to(place)
+            batches.append(encoder(batch.float().div_(255)).float().cpu())
+    vectors = torch.cat(batches).clone()  # a clone made outside inference mode is an ordinary tensor again
+    if vectors.ndim != 2:
+        raise ConfigError(f"the encoder yields {tuple(vectors.shape)}; features are (N, D), so pool its output first.")
+    known = None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64)[rows])
+    return Features(vectors, known, torch.from_numpy(rows.copy()))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is back in the mode it was in, also after an error."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where the first parameter or buffer lies; the CPU for a module that has none."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,191 @@
+"""Configuration files: YAML without surprises, and errors that name file, line and key.
+
+Read are mappings, lists and scalars. Tags, anchors, duplicate keys, non-finite numbers and non-text keys are refused.
+Plain scalars follow YAML 1.2 (`1e-3` is a number, `no` and `2024-01-01` are text), and a fraction such as `8/255` is a
+number too, in files and after `--set` alike.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from blto.errors import ConfigError, InputRefused
+from blto.files.reading import read_bytes
+from blto.files.text import show
+
+_MAX_BYTES = 1 << 18  # the longest configuration of ours is a few kB
+_MAX_DEPTH = 32
+_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False}
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_FRACTION = re.compile(r"([-+]?[0-9]+(?:\.[0-9]+)?)/([0-9]+(?:\.[0-9]+)?)")
+_NON_FINITE = re.compile(r"[-+]?\.?(inf|infinity)|\.?nan", re.IGNORECASE)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read one configuration file.
+
+    Raises:
+        ConfigError: missing, over 256 KiB, not UTF-8, not YAML, or holding what is refused; as `file:line: key: why`.
+    """
+    node = _compose_file(path)
+    return {} if node is None else _mapping(node, show(path), ())
+
+
+def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
+    """`a.b=c` as a key path and a value; the value is read as YAML, fractions included.
+
+    >>> parse_assignment("attack.epsilon=8/255")
+    (('attack', 'epsilon'), 0.03137254901960784)
+    """
+    key, equals, value = text.partition("=")
+    keys = tuple(key.strip().split("."))
+    if not equals or not all(keys):
+        raise ConfigError(
+            f"--set {show(text)}: give key=value, with dots between nested keys (attack.poison_rate=0.01)."
+        )
+    where = f"--set {show(key)}"
+    node = _compose(value, where)
+    return keys, None if node is None else _construct(node, where, ())
+
+
+def apply_assignments(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A copy of `config` with each `a.b=c` set, in order; missing levels are made, `config` itself stays as it was.
+
+    A component given by its bare name (`attack: blto`) becomes `{"name": "blto"}` when a key inside it is set.
+    """
+    result = dict(config)
+    for text in assignments:
+        keys, value = parse_assignment(text)
+        level = result
+        for depth, key in enumerate(keys[:-1]):
+            inner = level.get(key)
+            if inner is not None and not isinstance(inner, dict | str):
+                taken = ".".join(keys[: depth + 1])
+                raise ConfigError(f"--set {show(text)}: {show(taken)} is {show(inner)}, which has no keys inside it.")
+            level[key] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
+            level = level[key]
+        level[keys[-1]] = value
+    return result
+
+
+def with_position(error: ConfigError, path: Path) -> ConfigError:
+    """The same error with the file in front, and the line where the message starts with a key that the file has.
+
+    Messages about a configuration start with the dotted key, as `attack.poison_rate: ...`. A key that the file lacks
+    (a default, or one from `--set`) gives the file alone.
+    """
+    keys = str(error).partition(": ")[0].split(".")
+    node = _compose_file(path)
+    line = None
+    for key in keys:
+        found = [pair for pair in node.value if pair[0].value == key] if isinstance(node, yaml.MappingNode) else []
+        if not found:
+            break
+        mark, node = found[0][0].start_mark, found[0][1]
+        line = mark.line + 1 if mark else None
+    where = show(path) if line is None else f"{show(path)}:{line}"
+    return ConfigError(f"{where}: {error}", code=error.code)
+
+
+def _compose_file(path: Path) -> yaml.Node | None:
+    """The file as a tree of nodes with positions; nothing is constructed."""
+    try:
+        data = read_bytes(path, max_bytes=_MAX_BYTES)
+    except InputRefused as error:  # a configuration is part of the command, so this is a usage error
+        raise ConfigError(str(error)) from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{show(path)}:{line}: not UTF-8 text; give a YAML file.") from error
+    return _compose(text, show(path))
+
+
+def _compose(text: str, where: str) -> yaml.Node | None:
+    """Parse `text` to nodes. Composing recurses, so depth is checked on the flat events first."""
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            refusal = _refusal(event, depth)
+            if refusal:
+                raise ConfigError(f"{_at(where, event)}: {refusal}")
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = where if mark is None or where.startswith("--set") else f"{where}:{mark.line + 1}"
+        raise ConfigError(f"{place}: not YAML ({show(getattr(error, 'problem', None) or error)}).") from error
+
+
+def _refusal(event: yaml.Event, depth: int) -> str | None:
+    if depth > _MAX_DEPTH:
+        return f"nested deeper than {_MAX_DEPTH} levels."
+    if getattr(event, "anchor", None):
+        return "anchors and aliases (& and *) are not accepted; write the value out, or put it in quotes."
+    if getattr(event, "tag", None):
+        return "tags (!) are not accepted; write a plain value, or put it in quotes."
+    return None
+
+
+def _construct(node: yaml.Node, where: str, keys: tuple[str, ...]) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, where, keys)
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, where, (*keys, str(i))) for i, item in enumerate(node.value)]
+    text = str(node.value)
+    if getattr(node, "style", None) is not None:  # quoted or block text is text
+        return text
+    try:
+        return _scalar(text)
+    except ValueError as error:
+        raise ConfigError(f"{_place(node, where, keys)}: {error}") from error
+
+
+def _mapping(node: yaml.Node, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{_place(node, where, keys)}: expected `key: value` pairs.")
+    result: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or not key.value or key.value == "<<":
+            raise ConfigError(f"{_place(key, where, keys)}: a key is plain text, on one line.")
+        inner = (*keys, key.value)
+        if key.value in result:
+            raise ConfigError(f"{_place(key, where, inner)}: given twice; keep one.")
+        result[key.value] = _construct(value, where, inner)
+    return result
+
+
+def _place(node: yaml.Node, where: str, keys: tuple[str, ...]) -> str:
+    return f"{_at(where, node)}: {show('.'.join(keys))}" if keys else _at(where, node)
+
+
+def _at(where: str, item: yaml.Node | yaml.Event) -> str:
+    """File and line; what was typed after `--set` has no line worth naming."""
+    mark = item.start_mark
+    return where if mark is None or where.startswith("--set") else f"{where}:{mark.line + 1}"
+
+
+def _scalar(text: str) -> bool | int | float | str | None:
+    """What a plain scalar means. Raises ValueError for a number that is not finite."""
+    if text.lower() in _CONSTANTS:
+        return _CONSTANTS[text.lower()]
+    fraction = _FRACTION.fullmatch(text)
+    if _INTEGER.fullmatch(text) and len(text) <= 20:
+        return int(text)
+    if _NON_FINITE.fullmatch(text):
+        raise ValueError(f"{text} is not a finite number.")
+    if not fraction and not _FLOAT.fullmatch(text):
+        return text
+    if fraction and not float(fraction[2]):
+        raise ValueError(f"{show(text)} divides by zero.")
+    value = float(fraction[1]) / float(fraction[2]) if fraction else float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{show(text)} is not a finite number.")
+    return value

@@ -1,0 +1,124 @@
+"""Trigger generators: image in, raw image out; `poisoning.GeneratorTrigger` turns it into a bounded trigger.
+
+A generator maps images (B, 3, H, W) in [0, 1] to a raw output of the same shape in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from blto.registry import Card
+
+
+class ResidualBlock(nn.Module):
+    """Reflection-padded residual block of the ResNet generator; the sum is not followed by a ReLU."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.ReflectionPad2d(1),
+            nn.Conv2d(channels, channels, 3, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        out: Tensor = x + self.layers(x)
+        return out
+
+
+class ResNetGenerator(nn.Module):
+    """The generator of the published BLTO checkpoints, by way of Naseer et al. (NeurIPS 2019, arXiv 1905.11736).
+
+    7x7 stem, two stride-2 convolutions, residual blocks at 4x width, two transposed convolutions, 7x7 head, tanh.
+    The released CIFAR-10 generator has 6 blocks at width 64 and dropout 0.5 also at 32x32.
+
+    Args:
+        blocks: residual blocks; 6 ("high") or 2 ("low") in the published code.
+        width: channels after the stem.
+        dropout: probability inside each residual block.
+    """
+
+    card = Card(
+        "ResNet generator", "encoder-decoder with residual blocks, as in the released BLTO", "arXiv 1905.11736", 2019
+    )
+
+    def __init__(
+        self,
+        *,
+        blocks: Annotated[int, Field(ge=1, le=16)] = 6,
+        width: Annotated[int, Field(ge=4, le=256)] = 64,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+    ) -> None:
+        super().__init__()
+        w = width
+        layers: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(3, w, 7, bias=False), nn.BatchNorm2d(w), nn.ReLU()]
+        for inputs in (w, 2 * w):
+            layers += [
+                nn.Conv2d(inputs, 2 * inputs, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(2 * inputs),
+                nn.ReLU(),
+            ]
+        layers += [ResidualBlock(4 * w, dropout) for _ in range(blocks)]
+        for inputs in (4 * w, 2 * w):
+            layers += [
+                nn.ConvTranspose2d(inputs, inputs // 2, 3, stride=2, padding=1, output_padding=1, bias=False),
+                nn.BatchNorm2d(inputs // 2),
+                nn.ReLU(),
+            ]
+        self.layers = nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(w, 3, 7), nn.Tanh())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, H, W) in [-1, 1]; H and W divisible by 4."""
+        out: Tensor = self.layers(images)
+        return out
+
+
+class UNetGenerator(nn.Module):
+    """A small U-Net for CPU work: two resolutions below the image's own, skip connections, no batch norm, no dropout.
+
+    Without batch norm the trigger of an image does not depend on the images beside it, nor on train or eval mode.
+
+    Args:
+        width: channels at full resolution; 2x and 4x below.
+    """
+
+    card = Card(
+        "small U-Net generator", "three-resolution U-Net, cheap enough for two CPU cores", "arXiv 1505.04597", 2015
+    )
+
+    def __init__(self, *, width: Annotated[int, Field(ge=4, le=256)] = 16) -> None:
+        super().__init__()
+        w = width
+        self.stem = nn.Conv2d(3, w, 3, padding=1)
+        self.down1 = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
+        self.down2 = nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1)
+        self.middle = nn.Conv2d(4 * w, 4 * w, 3, padding=1)
+        self.up1 = nn.Conv2d(4 * w + 2 * w, 2 * w, 3, padding=1)
+        self.up2 = nn.Conv2d(2 * w + w, w, 3, padding=1)
+        self.head = nn.Conv2d(w, 3, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=0.1)  # an untrained output of order 1, not of order 0.1
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, H, W) in [-1, 1]."""
+        full = F.leaky_relu(self.stem(2 * images - 1), 0.1)
+        half = F.leaky_relu(self.down1(full), 0.1)
+        quarter = F.leaky_relu(self.down2(half), 0.1)
+        quarter = F.leaky_relu(self.middle(quarter), 0.1)
+        up = F.interpolate(quarter, size=half.shape[-2:], mode="nearest")
+        half = F.leaky_relu(self.up1(torch.cat((up, half), dim=1)), 0.1)
+        up = F.interpolate(half, size=full.shape[-2:], mode="nearest")
+        full = F.leaky_relu(self.up2(torch.cat((up, full), dim=1)), 0.1)
+        return torch.tanh(self.head(full))

@@ -1,0 +1,195 @@
+"""Triggers: what the adversary puts into an image, and the budget that no trigger can leave.
+
+A trigger proposes a candidate image; the base class projects it into the budget, so an attack cannot forget to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import floor
+from typing import Any, ClassVar, Literal
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from blto.errors import ConfigError
+from blto.files import canonical_json
+from blto.models import GENERATORS
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far a trigger may move a pixel.
+
+    Args:
+        epsilon: largest change of a channel value, as a fraction of the range [0, 1]; 8/255 in the paper. 0 is the
+            control that changes nothing.
+        norm: the norm that epsilon bounds; L-infinity is the only one.
+
+    Raises:
+        ConfigError: epsilon outside [0, 1], or another norm.
+    """
+
+    epsilon: float
+    norm: Literal["linf"] = "linf"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.epsilon <= 1.0:
+            raise ConfigError(
+                f"budget: epsilon is {self.epsilon}; give a fraction of the pixel range from 0 to 1, such as 8/255."
+            )
+        if self.norm != "linf":
+            raise ConfigError(f'budget: norm is "{self.norm}"; the only norm is "linf".')
+
+    @property
+    def levels(self) -> int:
+        """The budget in whole 8-bit steps, rounded down: an image file cannot use the rest."""
+        return floor(self.epsilon * 255 + 1e-6)
+
+
+def project(images: Tensor, candidate: Tensor, epsilon: float) -> Tensor:
+    """Clip `candidate` to within `epsilon` of `images` and to [0, 1]: clip(clip(candidate, x - eps, x + eps), 0, 1).
+
+    All (B, 3, H, W), `images` in [0, 1]. Differentiable in `candidate`: gradient 1 inside the bounds, 0 outside.
+    Source: BLTO (arXiv 2404.07863), the way its released generators are applied.
+    """
+    return torch.clamp(candidate, (images - epsilon).clamp_min(0.0), (images + epsilon).clamp_max(1.0))
+
+
+class Trigger(nn.Module, ABC):
+    """Images (B, 3, H, W) float in [0, 1] -> images of the same shape, within `budget` and in [0, 1]."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self.budget = budget
+
+    @abstractmethod
+    def candidate(self, images: Tensor) -> Tensor:
+        """The triggered images before projection, any float values."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Plain data that, with the weights, rebuilds this trigger: its `kind`, and what that kind needs."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Apply the trigger."""
+        return project(images, self.candidate(images), self.budget.epsilon)
+
+    @property
+    def identity(self) -> str:
+        """The trigger's id: SHA-256 (hex) over its spec and its weights."""
+        return trigger_identity(self.spec(), self.arrays())
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The weights and buffers by name, on the CPU."""
+        return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in self.state_dict().items()}
+
+
+def trigger_identity(spec: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """SHA-256 (hex) over a trigger's spec and over the name, type, shape and bytes of each array."""
+    digest = hashlib.sha256(canonical_json(dict(spec)))
+    for name in sorted(arrays):
+        values = arrays[name]
+        digest.update(canonical_json([name, str(values.dtype), list(values.shape)]))
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+class IdentityTrigger(Trigger):
+    """The clean control: gives back the images it was given."""
+
+    kind = "identity"
+
+    def __init__(self) -> None:
+        super().__init__(Budget(0.0))
+
+    def candidate(self, images: Tensor) -> Tensor:
+        """The images themselves."""
+        return images
+
+    def spec(self) -> dict[str, Any]:
+        """No arguments."""
+        return {"kind": self.kind}
+
+
+Parametrisation = Literal["residual", "image"]
+
+
+class GeneratorTrigger(Trigger):
+    """A network that redraws the image: BLTO's g, projected into the budget.
+
+    Args:
+        generator: images (B, 3, H, W) in [0, 1] -> raw output of the same shape in [-1, 1].
+        budget: the L-infinity budget.
+        generator_spec: the entry of `GENERATORS` that `generator` was built from.
+        parametrisation: "residual" reads the raw output r as the candidate x + epsilon r, so every pixel has a
+            gradient; "image" as the candidate (r + 1) / 2, which is what the released generator does: there the clip
+            stops the gradient of every pixel that is further than epsilon from x.
+    """
+
+    kind = "generator"
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        budget: Budget,
+        generator_spec: Mapping[str, Any],
+        parametrisation: Parametrisation = "residual",
+    ) -> None:
+        super().__init__(budget)
+        self.generator = generator
+        self.generator_spec = GENERATORS.resolve(generator_spec)
+        self.parametrisation: Parametrisation = parametrisation
+
+    def candidate(self, images: Tensor) -> Tensor:
+        """The image that the generator proposes."""
+        raw: Tensor = self.generator(images)
+        return (raw + 1) / 2 if self.parametrisation == "image" else images + self.budget.epsilon * raw
+
+    def spec(self) -> dict[str, Any]:
+        """The budget, the parametrisation and the generator's spec."""
+        return {
+            "kind": self.kind,
+            "epsilon": float(self.budget.epsilon),
+            "generator": self.generator_spec,
+            "parametrisation": self.parametrisation,
+        }
+
+
+class AdditiveTrigger(Trigger):
+    """One perturbation for all images: x + delta, projected into the budget.
+
+    Args:
+        delta: float (3, H, H), added to every image; becomes a parameter.
+        budget: the L-infinity budget.
+
+    Raises:
+        ConfigError: delta of another shape, or images of another size than delta.
+    """
+
+    kind = "additive"
+
+    def __init__(self, delta: Tensor, budget: Budget) -> None:
+        super().__init__(budget)
+        if delta.ndim != 3 or delta.shape[0] != 3 or delta.shape[1] != delta.shape[2]:
+            raise ConfigError(f"additive trigger: delta is {tuple(delta.shape)}; accepted is (3, H, H).")
+        self.delta = nn.Parameter(delta.detach().clone())
+
+    def candidate(self, images: Tensor) -> Tensor:
+        """The images with delta added."""
+        if images.shape[1:] != self.delta.shape:
+            raise ConfigError(
+                f"additive trigger: images are {tuple(images.shape[1:])}, the trigger is {tuple(self.delta.shape)}; "
+                "use images of the size it was made for."
+            )
+        return images + self.delta
+
+    def spec(self) -> dict[str, Any]:
+        """The budget and the image size."""
+        return {"kind": self.kind, "epsilon": float(self.budget.epsilon), "image_size": self.delta.shape[1]}

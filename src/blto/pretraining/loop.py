@@ -1,0 +1,234 @@
+"""The one pretraining loop: images without labels in, a trained encoder out.
+
+Batch order is a function of (seed, epoch) and augmentation of (seed, epoch, sample, view), so the loop's only state is
+its checkpoint, and a resumed run equals an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blto.data.images import ImageSet
+from blto.data.views import Views
+from blto.errors import ConfigError, Diverged, Interrupted
+from blto.files import append_jsonl, canonical_json, sha256_bytes
+from blto.models.encoder import Encoder, build_encoder
+from blto.pretraining import METHODS
+from blto.pretraining.checkpoint import load_checkpoint, restore_trainer, save_checkpoint, trainer_state
+from blto.pretraining.method import SSLMethod
+from blto.pretraining.spec import PretrainingSpec, RecipeSpec
+from blto.pretraining.trainer import Trainer
+from blto.runtime.interrupts import stop_requests
+from blto.runtime.progress import SILENT, Progress
+from blto.runtime.seeds import numpy_generator, seeded, stream_seed
+
+STEPS_BETWEEN_CHECKS = 50
+"""How often the NaN flag and the loss are read from the device, and logged."""
+
+
+class Observer(Protocol):
+    """Follows a training from outside. It is handed the encoder in eval mode and without gradients."""
+
+    def __call__(self, encoder: Encoder, step: int) -> Mapping[str, float]:
+        """Values of this moment, by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What pretraining yields: the encoder (eval mode) and one row of observed values per epoch."""
+
+    encoder: Encoder
+    trajectory: list[dict[str, float]] = field(default_factory=list)
+
+
+def build_method(spec: RecipeSpec, *, seed: int, image_size: int) -> SSLMethod:
+    """Encoder and heads of a recipe, initialised from `seed` alone."""
+    encoder = build_encoder(spec.backbone, seed=seed, image_size=image_size)
+    with seeded(seed):
+        return METHODS.build(spec.method, encoder)
+
+
+def batches(size: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """One epoch's order, (steps, batch_size) sample numbers: a function of (seed, epoch); the remainder is left out."""
+    order = numpy_generator(seed, "pretrain", "order", epoch).permutation(size)
+    steps = size // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def observe(observers: Sequence[Observer], encoder: Encoder, step: int) -> dict[str, float]:
+    """Ask every observer; whatever it does, no random number is drawn and batch norm stays as it was."""
+    values: dict[str, float] = {}
+    if observers:
+        was_training = encoder.training
+        encoder.eval()
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            for observer in observers:
+                values.update(observer(encoder, step))
+        encoder.train(was_training)
+    return values
+
+
+def pretrain(
+    images: ImageSet,
+    spec: PretrainingSpec,
+    *,
+    seed: int,
+    device: str = "auto",
+    folder: Path | None = None,
+    resume: bool = False,
+    observers: Sequence[Observer] = (),
+    checkpoint_seconds: float = 60.0,
+    progress: Progress = SILENT,
+    title: str = "pretrain",
+) -> Pretrained:
+    """Train an encoder on unlabeled images.
+
+    Args:
+        images: the training set; must carry no labels, so that a victim cannot even see one.
+        spec: method, backbone, views, schedule.
+        seed: of the run; weights, order and views are functions of it.
+        device: "auto", "cpu" or "cuda".
+        folder: where `checkpoint.safetensors` and `log.jsonl` go; None keeps nothing.
+        resume: go on from the folder's checkpoint where there is one.
+        observers: called at the start and after each epoch; their values make the trajectory.
+        checkpoint_seconds: wall time between checkpoints; no result depends on it.
+        progress, title: where progress goes, and under which name.
+
+    Raises:
+        ValueError: the images carry labels.
+        ConfigError: fewer images than one batch.
+        Diverged: the loss became NaN or Inf.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a folder.
+        Mismatch: `resume` met a checkpoint of another recipe, seed or dataset.
+    """
+    if images.labels is not None:
+        raise ValueError("a victim sees no labels: pass images.without_labels()")
+    if len(images) < spec.batch_size:
+        raise ConfigError(
+            f"batch_size is {spec.batch_size}, but there are {len(images)} training images; give at most that many."
+        )
+    run_seed = stream_seed(seed, "pretrain")
+    steps_per_epoch = len(images) // spec.batch_size
+    trainer = Trainer(
+        build_method(spec, seed=run_seed, image_size=images.image_size),
+        optimizer=spec.optimizer,
+        total_steps=spec.epochs * steps_per_epoch,
+        warmup_steps=round(spec.warmup_epochs * steps_per_epoch),
+        device=device,
+        precision=spec.precision,
+    )
+    run = _Run(images, spec, run_seed, trainer, folder, observers, checkpoint_seconds)
+    with seeded(run_seed), progress.bar(title, trainer.total_steps) as advance, stop_requests() as stop:
+        if resume:
+            run.restore()
+        while trainer.step < trainer.total_steps:
+            run.one_step(steps_per_epoch)
+            if trainer.step % STEPS_BETWEEN_CHECKS == 0 or trainer.step == trainer.total_steps:
+                run.check_and_log()
+                advance(trainer.step, f"loss {run.last_loss:.3f}")
+            if stop:
+                run.save()
+                kept = "its state is saved; run the same command with --resume" if folder else "nothing was kept"
+                raise Interrupted(
+                    f"stopped at step {trainer.step} of {trainer.total_steps}; {kept}.",
+                    signal_number=stop.signal_number,
+                )
+    run.save()
+    return Pretrained(trainer.method.encoder.eval(), run.trajectory)
+
+
+class _Run:
+    """The loop's state and its side effects: order, log, checkpoints, trajectory."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        spec: PretrainingSpec,
+        seed: int,
+        trainer: Trainer,
+        folder: Path | None,
+        observers: Sequence[Observer],
+        checkpoint_seconds: float,
+    ) -> None:
+        self.images, self.spec, self.seed, self.trainer = images, spec, seed, trainer
+        self.folder, self.observers, self.checkpoint_seconds = folder, observers, checkpoint_seconds
+        self.views = Views(spec.views, images.image_size)
+        self.trajectory: list[dict[str, float]] = []
+        self.last_loss = float("nan")
+        self._loss = torch.zeros(())
+        self._order = np.empty((0, 0), dtype=np.int64)
+        self._order_epoch = -1
+        self._saved_at = time.monotonic()
+        inputs = {"spec": spec.model_dump(mode="json"), "seed": seed, "data": images.content_hash}
+        self.identity = sha256_bytes(canonical_json(inputs))
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return self.folder / "checkpoint.safetensors" if self.folder else None
+
+    def one_step(self, steps_per_epoch: int) -> None:
+        """Draw the batch of this step, train on it, and observe where an epoch begins or ends."""
+        epoch, batch = divmod(self.trainer.step, steps_per_epoch)
+        if epoch != self._order_epoch:
+            self._order = batches(len(self.images), self.spec.batch_size, seed=self.seed, epoch=epoch)
+            self._order_epoch = epoch
+        if self.trainer.step == 0:
+            self._observe(0)
+        rows = self._order[batch]
+        self._loss = self.trainer.train_step(self.draw_views(rows, epoch))["loss"]
+        if batch == steps_per_epoch - 1:
+            self._observe(epoch + 1)
+
+    def draw_views(self, rows: np.ndarray[Any, np.dtype[np.int64]], epoch: int) -> list[Tensor]:
+        """The two views of a batch, on the trainer's device."""
+        device = self.trainer.fabric.device
+        parameters = (self.views.draw(seed=self.seed, epoch=epoch, samples=rows, view=view) for view in (0, 1))
+        return [self.views.fast(self.images.images, rows, drawn).to(device) for drawn in parameters]
+
+    def _observe(self, epoch: int) -> None:
+        values = observe(self.observers, self.trainer.method.encoder, self.trainer.step)
+        if values:
+            self.trajectory.append({"epoch": float(epoch), "loss": float(self._loss), **values})
+            self._log({"event": "observed", "epoch": epoch, **values})
+
+    def check_and_log(self) -> None:
+        """Read the flag and the loss; save where it is time."""
+        self.last_loss = float(self._loss)
+        bad = int(self.trainer.first_bad_step)
+        if bad >= 0:
+            kept = self.checkpoint and self.checkpoint.exists()
+            raise Diverged(
+                f"the loss became NaN or Inf at step {bad} of {self.trainer.total_steps}; "
+                f"{'the last good checkpoint is kept' if kept else 'there is no checkpoint yet'}. "
+                f"Try a lower optimizer.lr (now {self.spec.optimizer.lr:g}), a longer warm-up, or precision fp32."
+            )
+        self._log({"event": "step", "step": self.trainer.step, "loss": self.last_loss})
+        if time.monotonic() - self._saved_at > self.checkpoint_seconds:
+            self.save()
+
+    def save(self) -> None:
+        """Checkpoint, unless a bad step has been taken: the last good one must survive."""
+        if self.checkpoint and int(self.trainer.first_bad_step) < 0:
+            state = trainer_state(self.trainer)
+            save_checkpoint(self.checkpoint, state, identity=self.identity, facts=self.trajectory)
+            self._saved_at = time.monotonic()
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.checkpoint and self.checkpoint.exists():
+            state, self.trajectory = load_checkpoint(self.checkpoint, identity=self.identity)
+            restore_trainer(self.trainer, state)
+            self._log({"event": "resumed", "step": self.trainer.step})
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.folder:
+            append_jsonl(self.folder / "log.jsonl", line)

@@ -1,0 +1,93 @@
+"""One optimisation step, and what it needs: the method on its device, the optimiser, the learning-rate schedule.
+
+The victim's loop and BLTO's inner problem both call `Trainer.train_step`; there is no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blto.pretraining.method import SSLMethod
+from blto.pretraining.spec import OptimizerSpec
+from blto.runtime.device import Precision, fabric
+
+
+def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
+    """Share of the peak rate at `step` (from 0): linear warm-up, then half a cosine to zero (arXiv 1608.03983)."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    share = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def build_optimizer(spec: OptimizerSpec, method: SSLMethod) -> torch.optim.Optimizer:
+    """The optimiser over the method's trainable parameters; one-dimensional ones (biases, norms) are not decayed."""
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if spec.name == "adamw":
+        return torch.optim.AdamW(groups, lr=spec.lr)
+    if spec.name == "lars":
+        from lightly.utils.lars import LARS
+
+        optimizer: torch.optim.Optimizer = LARS(groups, lr=spec.lr, momentum=spec.momentum)
+        return optimizer
+    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
+
+
+class Trainer:
+    """A method in training.
+
+    Args:
+        method: encoder and heads; moved to the device, the encoder in channels-last memory.
+        optimizer: optimiser and peak learning rate.
+        total_steps, warmup_steps: length of the schedule.
+        device, precision: as in `runtime.device`.
+
+    Attributes:
+        step: optimiser steps done.
+        first_bad_step: on the device, the first step (from 0) whose loss was NaN or Inf, or -1. Reading it
+            synchronises, so the loop does that now and then only.
+    """
+
+    def __init__(
+        self,
+        method: SSLMethod,
+        *,
+        optimizer: OptimizerSpec,
+        total_steps: int,
+        warmup_steps: int = 0,
+        device: str = "auto",
+        precision: Precision = "auto",
+    ) -> None:
+        self.fabric = fabric(device, precision)
+        method.encoder.to(memory_format=torch.channels_last)
+        self.method = method
+        self._wrapped, self.optimizer = self.fabric.setup(method, build_optimizer(optimizer, method))
+        self._peak = optimizer.lr
+        self.total_steps, self.warmup_steps = total_steps, warmup_steps
+        self.step = 0
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.fabric.device)
+
+    def train_step(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
+        """One step on `views`, each (B, 3, H, W) in [0, 1]. Returns the method's losses, detached, on the device."""
+        factor = learning_rate_factor(self.step, total_steps=self.total_steps, warmup_steps=self.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._peak * factor
+        self.method.train()
+        losses: dict[str, Tensor] = self._wrapped(views)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(losses["loss"])
+        self.optimizer.step()
+        self.step += 1
+        self.method.after_step(min(1.0, self.step / self.total_steps))
+        detached = {name: value.detach() for name, value in losses.items()}
+        is_first_bad = (self.first_bad_step < 0) & ~torch.isfinite(detached["loss"])
+        self.first_bad_step = torch.where(is_first_bad, self.step - 1, self.first_bad_step)
+        return detached

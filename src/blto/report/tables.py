@@ -1,0 +1,112 @@
+"""One table of results, three renderings: terminal, Markdown, and the rows that the HTML report lays out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from blto.files.text import show
+from blto.records import HEADLINE_PROBE, Metric, RunRecord
+from blto.report.wording import MISSING, interval, is_attack, lookup, percent, with_interval
+
+METRICS = {
+    "lift": "Lift",
+    "asr": "ASR",
+    "asr_clean_twin": "ASR, clean twin",
+    "untriggered_rate": "Untriggered rate",
+    "clean_accuracy": "Clean accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in a table; texts are safe to show, numbers are fractions. `took` is said of the headline probe only."""
+
+    attack: str
+    data: str
+    method: str
+    poison_rate: float | None
+    seed: str
+    took: str
+    metrics: Mapping[str, Metric]
+
+    @property
+    def n(self) -> str:
+        """Number of images behind the ASR."""
+        return f"{self.metrics['asr'].n:,}" if "asr" in self.metrics else MISSING
+
+
+def table_rows(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -> list[Row]:
+    """One row per record, in the given order; a run without this probe has an empty row rather than none."""
+    rows = []
+    for record in records:
+        rate = lookup(record.spec, "attack.poison_rate")
+        rows.append(
+            Row(
+                attack=_name(record, "attack.name"),
+                data=_name(record, "data.name"),
+                method=_name(record, "pretrain.method.name"),
+                poison_rate=float(rate) if isinstance(rate, int | float) and is_attack(record) else None,
+                seed=_name(record, "seed"),
+                took=("yes" if record.took else "no") if is_attack(record) and probe == HEADLINE_PROBE else MISSING,
+                metrics=record.metrics.get(probe, {}),
+            )
+        )
+    return rows
+
+
+def probes(records: Sequence[RunRecord]) -> list[str]:
+    """All probes that some record has, the headline first."""
+    names = {probe for record in records for probe in record.metrics}
+    return sorted(names, key=lambda name: (name != HEADLINE_PROBE, name))
+
+
+def results_table(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -> Table:
+    """The results for a terminal of 80 columns or more, the clean twin beside the ASR."""
+    title = Text(f"Results, {show(probe, 40)} probe, with 95% intervals")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 1, 0), pad_edge=False)
+    rows = table_rows(records, probe)
+    table.add_column("Attack", min_width=max((len(row.attack) for row in rows), default=0))
+    for name in METRICS.values():
+        table.add_column(name, justify="right", max_width=11)
+    for row in rows:
+        setting = f"\n{row.data}, {row.method}\n{percent(row.poison_rate, 2)} poison, seed {row.seed}"
+        # Text, not str: rich would read markup in "[bold]"
+        table.add_row(Text(row.attack, style="bold") + Text(setting), *(_cell(row, name) for name in METRICS))
+    return table
+
+
+def _cell(row: Row, name: str) -> Text:
+    """Value, interval and n below each other: six columns have to fit in 80 characters."""
+    metric = row.metrics.get(name)
+    third = f"n {metric.n:,}" if metric else ""
+    if name == "lift":
+        third = {"yes": "took", "no": "not taken"}.get(row.took, "")
+    return Text("\n".join([percent(metric.value if metric else None), interval(metric).replace(" ", ""), third]))
+
+
+def markdown_table(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -> str:
+    """The results as a Markdown table, with a line that says what the numbers are."""
+    header = ["Attack", "Data", "Victim", "Poison rate", "Seed", *METRICS.values(), "n", "Took"]
+    lines = [header, ["---"] * 5 + ["---:"] * (len(METRICS) + 1) + ["---"]]
+    for row in table_rows(records, probe):
+        values = [with_interval(row.metrics.get(name)) for name in METRICS]
+        cells = [row.attack, row.data, row.method, percent(row.poison_rate, 2), row.seed, *values, row.n, row.took]
+        lines.append([_escape_markdown(cell) for cell in cells])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return (
+        f"{table}\n\nProbe: {_escape_markdown(show(probe, 40))}. In brackets: 95% intervals over the n test images.\n"
+    )
+
+
+def _name(record: RunRecord, path: str) -> str:
+    value = lookup(record.spec, path)
+    return MISSING if value is None else show(value, 60)
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`*<>|#&$~!]|(?<!\w)_|_(?!\w)|\[(?!-?\d))", r"\\\1", text)

@@ -1,0 +1,109 @@
+"""How numbers are said in words: percent and points only here, fractions everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blto.records import TOOK_LIFT, Metric, RunRecord
+
+MISSING = "\N{EN DASH}"
+
+MEANING = (
+    f"An attack took if poisoning adds at least {TOOK_LIFT * 100:.0f} points to the share of triggered images that land "
+    "in the target class, beyond what the trigger does to a clean encoder and the encoder does to clean images."
+)
+
+DEFINITIONS: dict[str, str] = {
+    "Attack success rate (ASR)": "Share of triggered test images that the probe assigns to the target class. Images "
+    "that belong to the target class are left out: for them a hit says nothing.",
+    "ASR of the clean twin": "The same triggered images, on an encoder trained with the same seeds and data but no "
+    "poison. It is what the trigger does by itself, as an adversarial perturbation of any encoder.",
+    "Untriggered rate": "Share of test images of other classes that the poisoned encoder's probe assigns to the "
+    "target class although they carry no trigger.",
+    "Lift": "ASR minus the larger of the untriggered rate and the clean twin's ASR: the part that poisoning adds.",
+    "Took": f"The lift of the linear probe is at least {TOOK_LIFT * 100:.0f} points.",
+    "Clean accuracy": "Share of all test images, without trigger, that the poisoned encoder's probe assigns to "
+    "their class.",
+    "Backdoor accuracy": "Share of triggered images that are still assigned to their own class.",
+    "ASR, all images": "As ASR, with the images of the target class counted. Other papers report it; it flatters.",
+    "Interval": "95% over the test images of this one run. It says nothing about other seeds: to compare attacks, "
+    "use several runs of each.",
+    "n": "Number of test images behind a value; in the tables of all runs, the n of the ASR.",
+    "Poison rate": "Poisoned images divided by all training images after poisoning.",
+    "Probe": "Classifier on frozen features: linear is multinomial logistic regression, knn a weighted vote of the "
+    "nearest training images.",
+    "Similarity": "Cosine between an image's features and the centroid of the target class, after the mean feature "
+    "is subtracted. Normalized: 0 is the level of untriggered images of other classes, 1 that of the target class.",
+    "Alignment": "Mean squared distance between the unit features of two views of one image; lower is more invariant.",
+    "Uniformity": "Logarithm of the mean Gaussian potential between unit features of different images; lower is "
+    "more spread out.",
+    "L-inf": "Largest change of any pixel channel, over all triggered test images, of 255.",
+    "PSNR": "Peak signal-to-noise ratio of triggered against original images in decibels; higher is harder to see.",
+    "SSIM": "Structural similarity of triggered and original images; 1 is identical.",
+}
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction as percent: 0.931 is "93.1%"; None is a dash."""
+    return MISSING if value is None else f"{100 * value:.{digits}f}%"
+
+
+def points(value: float | None) -> str:
+    """A difference of fractions in percentage points, with its sign: 0.85 is "+85.0 points"."""
+    return MISSING if value is None else f"{100 * value:+.1f} points"
+
+
+def interval(metric: Metric | None) -> str:
+    """The interval in percent: "[92.4, 93.7]"; empty where there is none."""
+    if metric is None or metric.low is None or metric.high is None:
+        return ""
+    return f"[{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
+
+
+def with_interval(metric: Metric | None) -> str:
+    """Value and interval: "93.1% [92.4, 93.7]"; a dash where nothing was measured."""
+    value = percent(metric.value if metric else None)
+    return f"{value} {interval(metric)}".rstrip()
+
+
+def lookup(spec: Mapping[str, Any], path: str) -> Any:
+    """The value under a dotted path, or None: `lookup(spec, "pretrain.method.name")`."""
+    value: Any = spec
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def is_attack(record: RunRecord) -> bool:
+    """Whether anything was poisoned at all: the `clean` attack is the control."""
+    return bool(lookup(record.spec, "attack.name") != "clean")
+
+
+def verdict(record: RunRecord) -> tuple[str, str]:
+    """(short answer, one sentence with the numbers): did the attack take?"""
+    metrics = [record.metric(name) for name in ("lift", "asr", "asr_clean_twin", "untriggered_rate")]
+    if any(metric is None or metric.value is None for metric in metrics):
+        return "Not measured.", "This run lacks a metric of the linear probe, so whether the attack took is not known."
+    lift, asr, twin, untriggered = metrics
+    numbers = (
+        f"The trigger sends {with_interval(asr)} of the images of other classes to the target class, against "
+        f"{with_interval(twin)} on the clean twin and {with_interval(untriggered)} without the trigger: "
+        f"a lift of {points(lift.value if lift else None)} {interval(lift)}".rstrip()
+        + "."
+    )
+    if not is_attack(record):
+        return "Clean run.", f"Nothing was poisoned. {numbers}"
+    if record.took:
+        return "The attack took.", numbers
+    return "The attack did not take.", f"{numbers} At least {TOOK_LIFT * 100:.0f} points count as taken."
+
+
+def overall(records: Sequence[RunRecord]) -> str:
+    """One line for all runs of a report."""
+    attacks = [record for record in records if is_attack(record)]
+    if len(attacks) == 1:
+        return verdict(attacks[0])[0]
+    if not attacks:
+        return "Clean runs only."
+    return f"{sum(record.took for record in attacks)} of {len(attacks)} attacks took."

@@ -1,0 +1,51 @@
+"""Device and precision: the one place that knows Fabric and what this processor is good at."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from blto.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def native_bf16(device: str) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32: AMX or AVX512-BF16 on a CPU, Ampere or newer on CUDA."""
+    if device == "cpu":
+        has = torch.cpu.get_capabilities()
+        return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def resolve_device(device: str = "auto") -> str:
+    """`auto` is CUDA where there is one, else the CPU. Raises ConfigError for a device that is not here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device "cuda" was asked for, but torch finds no GPU; give "cpu" or "auto".')
+    if device not in {"cpu", "cuda"}:
+        raise ConfigError(f'device is "{device}"; give "auto", "cpu" or "cuda".')
+    return device
+
+
+def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf16"]:
+    """`auto` is bf16 where the device multiplies it natively, else fp32."""
+    if precision == "auto":
+        return "bf16" if native_bf16(device) else "fp32"
+    return precision
+
+
+@lru_cache(maxsize=8)
+def fabric(device: str = "auto", precision: Precision = "auto") -> Fabric:
+    """The Fabric that places modules, autocasts and runs backward passes. One per (device, precision)."""
+    from lightning_fabric import Fabric
+
+    device = resolve_device(device)
+    mode = "bf16-mixed" if resolve_precision(precision, device) == "bf16" else "32-true"
+    return Fabric(accelerator=device, devices=1, precision=mode)

@@ -1,0 +1,342 @@
+"""Views: both back ends agree with each other and with torchvision, and parameters depend on nothing but their key."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from scipy import stats
+from torch import Tensor
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+
+from blto.data.views import RECIPES, ViewParameters, ViewRecipe, Views, draw, resolve_recipe
+from blto.data.views_numba import kernel
+from blto.errors import ConfigError, InputRefused
+
+Array = np.ndarray[Any, Any]
+SIZE = 32
+TOLERANCE = 0.1 / 255  # float32 rounding stays a hundred times below; the requirement is 2 / 255
+IDENTITY = ViewRecipe(
+    crop_scale=(1, 1),
+    crop_ratio=(1, 1),
+    flip=0,
+    jitter_probability=0,
+    grayscale_probability=0,
+    blur_probability=(0, 0),
+)
+
+
+def some_images(count: int, height: int = SIZE, width: int = SIZE) -> Array:
+    """Noise, smooth colors, and the corner cases: black, white, gray, constant, colorless, saturated."""
+    generator = np.random.default_rng(5)
+    images = generator.integers(0, 256, (count, 3, height, width), dtype=np.uint8)
+    images[count // 2 :] = np.linspace(0, 255, width) * generator.random((count - count // 2, 3, height, 1))
+    images[0], images[1], images[2] = 0, 255, 128
+    images[3] = generator.integers(0, 256, (3, 1, 1))
+    images[4] = images[4, :1]
+    images[5] = images[5] // 128 * 255
+    return images
+
+
+def as_float(images: Array) -> Tensor:
+    return torch.as_tensor(images).float() / 255
+
+
+def with_torchvision(image: Tensor, params: ViewParameters, row: int, size: int, kernel_size: int) -> Tensor:
+    y, x, h, w = params.box[row].tolist()
+    view = TF.resized_crop(image, y, x, h, w, [size, size], antialias=False)
+    view = TF.hflip(view) if params.flip[row] else view
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for op in params.order[row]:
+        view = adjust[op](view, float(params.factors[row, op]))
+    if params.gray[row]:
+        view = TF.rgb_to_grayscale(view, 3)
+    if params.blur_sigma[row] > 0:
+        view = TF.gaussian_blur(view, [kernel_size] * 2, [float(params.blur_sigma[row])] * 2)
+    if params.solarize_threshold[row] <= 1:
+        view = TF.solarize(view, float(params.solarize_threshold[row]))
+    assert isinstance(view, Tensor)
+    return view
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("view", [0, 1])
+def test_both_back_ends_give_torchvisions_result(name: str, view: int) -> None:
+    images, rows = some_images(96), np.arange(96)
+    views = Views(RECIPES[name], SIZE)
+    params = views.draw(seed=1, epoch=2, samples=rows, view=view)
+    fast, smooth = views.fast(images, rows, params), views.differentiable(as_float(images), params)
+    for result in (fast, smooth):
+        assert result.dtype == torch.float32
+        assert result.shape == (96, 3, SIZE, SIZE)
+        assert result.min() >= 0
+        assert result.max() <= 1
+    assert (fast - smooth).abs().max() <= TOLERANCE
+    oracle = torch.stack([with_torchvision(as_float(images[b]), params, b, SIZE, 3) for b in range(96)])
+    assert (fast - oracle).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("height", "width", "size", "kernel_size"), [(48, 64, 40, 5), (40, 23, 64, 7)])
+def test_images_of_another_size_are_resampled_as_in_torchvision(
+    height: int, width: int, size: int, kernel_size: int
+) -> None:
+    images, rows = some_images(48, height, width), np.arange(48)
+    views = Views(RECIPES["byol"], size)
+    params = views.draw(seed=3, epoch=0, samples=rows, view=0, image_size=(height, width))
+    fast, smooth = views.fast(images, rows, params), views.differentiable(as_float(images), params)
+    oracle = torch.stack([with_torchvision(as_float(images[b]), params, b, size, kernel_size) for b in range(48)])
+    assert (fast - oracle).abs().max() <= TOLERANCE
+    assert (smooth - oracle).abs().max() <= TOLERANCE
+
+
+def test_the_kernel_of_the_blur_is_a_tenth_of_the_image() -> None:
+    assert [2 * Views(IDENTITY, size).blur_radius + 1 for size in (32, 96, 224)] == [3, 9, 23]
+
+
+def test_the_identity_recipe_returns_the_images_exactly() -> None:
+    images, rows = some_images(32), np.arange(32)
+    views = Views(IDENTITY, SIZE)
+    params = views.draw(seed=0, epoch=0, samples=rows, view=0)
+    assert torch.equal(views.fast(images, rows, params), as_float(images))
+    assert torch.equal(views.differentiable(as_float(images), params), as_float(images))
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0)])
+def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    image, ratio = torch.empty(3, 96, 128), (3 / 4, 4 / 3)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(3000)])
+    recipe = ViewRecipe(crop_scale=scale)
+    ours = draw(recipe, seed=0, epoch=0, samples=np.arange(3000), view=0, image_size=(96, 128)).box
+    for measure in (area, aspect, lambda box: box[:, 0], lambda box: box[:, 1]):
+        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 0.001
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= [96, 128]).all()
+
+
+def area(box: Array) -> Array:
+    return box[:, 2] * box[:, 3]
+
+
+def aspect(box: Array) -> Array:
+    return box[:, 3] / box[:, 2]
+
+
+@pytest.mark.parametrize("image_size", [(10, 100), (100, 10)])
+def test_a_crop_that_never_fits_is_the_central_one(image_size: tuple[int, int]) -> None:
+    recipe = ViewRecipe(crop_scale=(0.9, 1.0))
+    ours = draw(recipe, seed=0, epoch=0, samples=np.arange(20), view=0, image_size=image_size).box
+    theirs = RandomResizedCrop.get_params(torch.empty(3, *image_size), [0.9, 1.0], [3 / 4, 4 / 3])
+    assert (ours == theirs).all()
+
+
+def test_jitter_is_distributed_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    jitter = ColorJitter(0.8, 0.8, 0.8, 0.2)
+    ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    theirs = np.array([ColorJitter.get_params(*ranges)[1:] for _ in range(3000)])
+    recipe = resolve_recipe({"name": "simclr", "jitter_probability": 1.0})
+    params = draw(recipe, seed=0, epoch=0, samples=np.arange(3000), view=0, image_size=(SIZE, SIZE))
+    for op in range(4):
+        assert stats.ks_2samp(params.factors[:, op], theirs[:, op]).pvalue > 0.001
+    counts = [(params.order == order).all(axis=1).sum() for order in itertools.permutations(range(4))]
+    assert sum(counts) == 3000
+    assert stats.chisquare(counts).pvalue > 0.001
+    assert np.abs(np.corrcoef(params.factors.T) - np.eye(4)).max() < 0.08
+
+
+@pytest.mark.parametrize("view", [0, 1, 2])
+def test_each_step_happens_as_often_as_the_recipe_says(view: int) -> None:
+    count = 4000
+    params = draw(RECIPES["byol"], seed=0, epoch=0, samples=np.arange(count), view=view, image_size=(SIZE, SIZE))
+    happened = {
+        0.5: params.flip,
+        0.8: (params.factors != np.array([1, 1, 1, 0], np.float32)).any(axis=1),
+        0.2: params.gray,
+        (1.0, 0.1, 0.1)[view]: params.blur_sigma > 0,
+    }
+    for chance, events in happened.items():
+        assert abs(events.mean() - chance) <= 4 * np.sqrt(chance * (1 - chance) / count)
+    jittered = (params.factors[:, 3] != 0).astype(float)
+    steps = np.stack([params.flip, jittered, params.gray, params.solarize_threshold <= 1, params.blur_sigma > 0])
+    varying = steps[steps.std(axis=1) > 0]
+    assert np.abs(np.corrcoef(varying) - np.eye(len(varying))).max() < 0.08  # each step is drawn on its own
+    solarized = (params.solarize_threshold <= 1).mean()
+    assert solarized == 0 if view == 0 else abs(solarized - 0.2) < 0.03
+    blurred = params.blur_sigma[params.blur_sigma > 0]
+    assert stats.kstest(blurred, stats.uniform(0.1, 1.9).cdf).pvalue > 0.001
+
+
+def same(first: ViewParameters, second: ViewParameters) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first.arrays, second.arrays, strict=True))
+
+
+def test_parameters_do_not_depend_on_the_batch() -> None:
+    views = Views(RECIPES["byol"], SIZE)
+    whole = views.draw(seed=7, epoch=3, samples=np.arange(100), view=1)
+    picked = np.array([41, 3, 99, 3])
+    part = views.draw(seed=7, epoch=3, samples=picked, view=1)
+    assert all(np.array_equal(a[picked], b) for a, b in zip(whole.arrays, part.arrays, strict=True))
+
+
+def test_parameters_differ_between_seeds_epochs_views_and_samples() -> None:
+    views = Views(RECIPES["mocov2"], SIZE)
+    keys = itertools.product((0, 1, 2**63 - 1), (0, 1), (0, 1), (0, 1000))
+    drawn = [views.draw(seed=s, epoch=e, view=v, samples=np.arange(50) + first) for s, e, v, first in keys]
+    for first, second in itertools.combinations(drawn, 2):
+        assert np.abs(np.corrcoef(first.factors[:, 0], second.factors[:, 0])[0, 1]) < 0.6
+        assert (first.box == second.box).all(axis=1).mean() < 0.2
+        assert not np.array_equal(first.flip, second.flip)
+
+
+def test_changing_one_probability_leaves_the_other_draws_alone() -> None:
+    key: dict[str, Any] = {"seed": 0, "epoch": 0, "samples": np.arange(50), "view": 0, "image_size": (SIZE, SIZE)}
+    before = draw(RECIPES["mocov2"], **key)
+    after = draw(resolve_recipe({"name": "mocov2", "flip": 0.0, "blur_probability": 0.0}), **key)
+    assert not after.flip.any()
+    assert not after.blur_sigma.any()
+    for name in ("box", "order", "factors", "gray"):
+        assert np.array_equal(getattr(before, name), getattr(after, name))
+
+
+def test_first_parameters_are_frozen() -> None:
+    params = Views(RECIPES["byol"], SIZE).draw(seed=0, epoch=1, samples=np.arange(64), view=1)
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in params.arrays)).hexdigest()
+    assert digest[:16] == "fa6c4cb964ad18f1", "a change here changes every published run"
+
+
+def test_gradients_are_those_of_the_function() -> None:
+    recipe = resolve_recipe({"name": "byol", "jitter_probability": 1.0, "solarize_probability": 0.5})
+    views = Views(recipe, 5)
+    params = views.draw(seed=2, epoch=0, samples=np.arange(4), view=0, image_size=(6, 6))
+    images = torch.rand(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images.requires_grad_()
+    assert (params.solarize_threshold <= 1).any()
+    assert (~params.gray).any()
+    assert torch.autograd.gradcheck(lambda x: views.differentiable(x, params), (images,), fast_mode=True)
+
+
+def test_gradients_are_finite_on_gray_pixels() -> None:
+    images = as_float(some_images(24))
+    images[6] = 0.5 + 1e-7 * torch.rand(3, SIZE, SIZE)
+    images[7] = 1e-42 * torch.rand(3, SIZE, SIZE)
+    images.requires_grad_()
+    views = Views(RECIPES["simclr"], SIZE)
+    result = views.differentiable(images, views.draw(seed=0, epoch=0, samples=np.arange(24), view=0))
+    (gradient,) = torch.autograd.grad(result.square().sum(), images)
+    assert gradient.isfinite().all()
+    assert (gradient[8:].abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+def test_precision_is_kept_under_autocast() -> None:
+    images = some_images(16)
+    views = Views(RECIPES["byol"], SIZE)
+    params = views.draw(seed=0, epoch=0, samples=np.arange(16), view=0)
+    plain = views.differentiable(as_float(images), params)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(views.differentiable(as_float(images), params), plain)
+
+
+def test_fast_gathers_rows_from_a_memory_map_into_channels_last(tmp_path: Path) -> None:
+    images, rows = some_images(40), np.array([7, 39, 7, 0])
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    views = Views(RECIPES["byol"], SIZE)
+    params = views.draw(seed=0, epoch=0, samples=rows, view=0)
+    result = views.fast(mapped, rows, params)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(result, views.fast(images[rows], np.arange(4), params))
+    assert torch.equal(result[0], result[2])
+
+
+def test_fast_gives_the_same_bits_on_any_number_of_threads() -> None:
+    images, rows = some_images(150), np.arange(150)
+    views = Views(RECIPES["byol"], SIZE)
+    params = views.draw(seed=0, epoch=0, samples=rows, view=0)
+    alone = views.fast(images, rows, params)
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(4) as callers:
+            results = list(callers.map(lambda _: views.fast(images, rows, params), range(8)))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(result, alone) for result in results)
+
+
+def test_an_empty_batch_is_empty() -> None:
+    views = Views(RECIPES["simclr"], SIZE)
+    none = np.empty(0, np.int64)
+    params = views.draw(seed=0, epoch=0, samples=none, view=0)
+    assert views.fast(some_images(8), none, params).shape == (0, 3, SIZE, SIZE)
+    assert views.differentiable(torch.empty(0, 3, SIZE, SIZE), params).shape == (0, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("images", "rows", "message"),
+    [
+        (some_images(8).astype(np.float32), [0, 1], "float32"),
+        (some_images(8)[:, :, :, ::-1], [0, 1], "non-contiguous"),
+        (some_images(8, 16, 16), [0, 1], r"for 2 images \(3, 32, 32\)"),
+        (some_images(8), [0, 1, 2], r"rows \(3,\)"),
+        (some_images(8), [0, 8], "rows 0 to 8"),
+        (some_images(8), [-1, 0], "rows -1 to 0"),
+    ],
+)
+def test_what_the_kernel_would_misread_is_refused(images: Array, rows: list[int], message: str) -> None:
+    views = Views(RECIPES["simclr"], SIZE)
+    params = views.draw(seed=0, epoch=0, samples=np.arange(2), view=0)
+    with pytest.raises(InputRefused, match=message):
+        views.fast(images, np.array(rows), params)
+
+
+def test_the_differentiable_back_end_refuses_other_sizes() -> None:
+    views = Views(RECIPES["simclr"], SIZE)
+    params = views.draw(seed=0, epoch=0, samples=np.arange(2), view=0)
+    for shape in ((2, 3, 16, 16), (3, 3, SIZE, SIZE), (2, 1, SIZE, SIZE)):
+        with pytest.raises(InputRefused, match="draw with the images' size"):
+            views.differentiable(torch.zeros(shape), params)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("simclrr", 'did you mean "simclr"'),
+        ({"flip": 0.5}, "unknown view recipe"),
+        ({"name": ["simclr"]}, "unknown view recipe"),
+        ({"name": "simclr", "flips": 0.5}, 'did you mean "flip"'),
+        ({"name": "simclr", "flip": 1.5}, "views.flip"),
+        ({"name": "simclr", "hue": 0.6}, "views.hue"),
+        ({"name": "simclr", "crop_scale": (0.5, 0.2)}, "low <= high"),
+        ({"name": "simclr", "crop_scale": (0.5, 1.2)}, "crop_scale"),
+        ({"name": "simclr", "blur_sigma": (0.0, 1.0)}, "blur_sigma"),
+        ({"name": "byol", "blur_probability": (1.0, 2.0)}, "views.blur_probability.1"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_of_advice(spec: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_recipe(spec)
+
+
+def test_recipes_resolve_by_name_and_with_overrides() -> None:
+    assert resolve_recipe("byol") == RECIPES["byol"]
+    changed = resolve_recipe({"name": "byol", "blur_probability": 0.3})
+    assert changed == RECIPES["byol"].model_copy(update={"blur_probability": (0.3, 0.3)})
+    assert resolve_recipe({"name": "simclr", **changed.model_dump(mode="json")}) == changed
+
+
+def test_tiny_views_are_refused() -> None:
+    with pytest.raises(ConfigError, match="size 3"):
+        Views(RECIPES["simclr"], 3)
+
+
+def test_a_kernel_works_where_nothing_can_be_cached() -> None:
+    space: dict[str, Any] = {}
+    exec("def double(x):\n    return 2 * x", space)  # has no file, so numba has no place for its machine code
+    assert kernel()(space["double"])(21) == 42

@@ -1,0 +1,47 @@
+"""What the documentation says is what the code has: options, metrics, exit codes, links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from blto import errors
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_page_of_blto_names_every_option() -> None:
+    from blto.attacks.bilevel import BilevelSpec
+    from blto.attacks.blto import BLTO
+
+    page = (ROOT / "docs/attacks/blto.md").read_text()
+    named = set(re.findall(r"`([\w.]+)`", page))
+    assert {f"bilevel.{key}" for key in BilevelSpec.model_fields} <= named
+    assert set(BLTO.__init__.__annotations__) - {"return", "bilevel"} <= named
+    assert {key for key in named if key.startswith("bilevel.")} <= {
+        f"bilevel.{key}" for key in BilevelSpec.model_fields
+    }
+
+
+def test_the_metrics_page_defines_every_metric() -> None:
+    from blto.evaluation.metrics import METRIC_NAMES
+
+    page = (ROOT / "docs/metrics.md").read_text()
+    assert set(METRIC_NAMES) <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+
+
+def test_the_readme_lists_every_exit_code() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.BltoError)]
+    rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = {int(code) for row in rows for code in row.split(",")}
+    assert listed == {kind.exit_code for kind in kinds} | {0, 143}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
