@@ -7,22 +7,48 @@ so `import blto` costs nothing and does not import torch.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blto.cli.catalog import show
-    from blto.poisoning import load_trigger, verify
-    from blto.records import load_record
+    from blto.api import (
+        craft,
+        evaluate,
+        load_encoder,
+        load_record,
+        load_trigger,
+        poison,
+        pretrain,
+        report,
+        run,
+        verify,
+    )
+    from blto.catalog import list_all as list
+    from blto.catalog import show
+    from blto.demo import demo
 
-__all__ = ["load_record", "load_trigger", "show", "verify"]
+__all__ = [
+    "craft",
+    "demo",
+    "evaluate",
+    "list",
+    "load_encoder",
+    "load_record",
+    "load_trigger",
+    "poison",
+    "pretrain",
+    "report",
+    "run",
+    "show",
+    "verify",
+]
 
-_HOMES = {
-    "load_record": "blto.records",
-    "load_trigger": "blto.poisoning",
-    "show": "blto.cli.catalog",
-    "verify": "blto.poisoning",
+_HOMES = {name: f"blto.api:{name}" for name in __all__} | {
+    "demo": "blto.demo:demo",
+    "list": "blto.catalog:list_all",
+    "show": "blto.catalog:show",
 }
 
 
@@ -30,17 +56,18 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'blto' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    module, _, function = _HOMES[name].partition(":")
+    value = getattr(import_module(module), function)
     globals()[name] = value
     return value
 
 
-def __dir__() -> list[str]:
+def __dir__() -> Iterable[str]:
     return sorted({*globals(), *_HOMES})
 
 
 class _Package(ModuleType):
-    """Keeps the function `blto.report` where importing the package `blto.report` would put a module in its place."""
+    """Keeps the functions `blto.report` and `blto.demo` where importing the modules so named would replace them."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -55,10 +55,10 @@ class RunRecord(BaseModel):
         metrics: probe ("linear", "knn") -> name ("asr", "lift", ...) -> Metric.
         took: whether `metrics.linear.lift.value` is at least 0.5; a record that says otherwise is refused.
         similarity: trigger-target cosine similarities of the final encoder ("raw", "centred", "normalised").
-        stealth: "linf", "psnr" (dB), "ssim" of triggered against clean test images.
+        stealth: "linf", "psnr" (dB), "ssim" and more, of triggered against clean test images.
         trajectory: one entry per observed epoch of the victim: "epoch" and what was measured.
         trajectory_clean_twin: the same for the clean twin.
-        crafting: one entry per observed generator step: "step" and what was measured on the surrogate.
+        crafting: one entry per observed round of the trigger's training: "round" and what the surrogate showed.
         provenance: versions, hashes, seeds, device, times.
         artefacts: file name inside the run's folder -> sha256.
     """
@@ -230,6 +230,14 @@ class StageFolder:
     def facts(self) -> dict[str, Any]:
         """What `commit` was given. Raises InputRefused where there is no whole `stage.json`."""
         return dict(self._stage()["facts"])
+
+    def lock(self) -> DirectoryLock:
+        """The lock that a process holds while it works on the stage."""
+        return DirectoryLock(self.path)
+
+    def discard(self, name: str) -> None:
+        """Remove a file that a finished stage no longer needs, such as its checkpoint."""
+        (self.path / name).unlink(missing_ok=True)
 
     def commit(self, facts: Mapping[str, Any]) -> None:
         """Declare the stage done: hash every file in the folder (hidden ones aside) and write `stage.json` last."""

@@ -164,7 +164,7 @@ TALKER = """
 import sys
 from blto.cli.guard import guarded
 def action():
-    for _ in range(20000):
+    for _ in range(int(sys.argv[2])):
         sys.stdout.write("a result\\n")
         sys.stderr.write("progress\\n")
     open(sys.argv[1], "w").write("the work was done")
@@ -172,11 +172,12 @@ sys.exit(guarded(action, []))
 """
 
 
-def talk(marker: Path, shell: str) -> subprocess.CompletedProcess[str]:
+def talk(marker: Path, shell: str, lines: int = 20_000) -> subprocess.CompletedProcess[str]:
     """Run a talkative action under a shell redirection; its own exit code is what the shell returns."""
-    script = f'set -o pipefail; "$0" -c "$1" "$2" {shell}'
+    script = f'set -o pipefail; "$0" -c "$1" "$2" {lines} {shell}'
     command = ["bash", "-c", script, sys.executable, TALKER, os.fspath(marker)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=buffered)
 
 
 @pytest.mark.parametrize("shell", ["| head -1", "2>&1 | head -1", "2>/dev/full"])
@@ -188,11 +189,13 @@ def test_work_goes_on_when_nobody_reads(shell: str, tmp_path: Path) -> None:
     assert "Exception ignored" not in done.stderr
 
 
-def test_a_full_device_on_standard_output_is_told_after_the_work(tmp_path: Path) -> None:
-    done = talk(tmp_path / "marker", ">/dev/full")
+@pytest.mark.parametrize("lines", [1, 20_000])  # one line still sits in the buffer when the command has ended
+def test_a_full_device_on_standard_output_is_told_after_the_work(lines: int, tmp_path: Path) -> None:
+    done = talk(tmp_path / "marker", ">/dev/full", lines)
     assert (tmp_path / "marker").read_text() == "the work was done"
     assert done.returncode == 4
     assert done.stderr.splitlines()[-1].startswith("blto: error[DISK-FULL]: standard output: cannot be written")
+    assert "Exception ignored" not in done.stderr
 
 
 def test_an_ascii_terminal_gets_escapes_and_not_a_crash(tmp_path: Path) -> None:

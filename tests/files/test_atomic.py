@@ -117,6 +117,11 @@ def test_a_leftover_that_is_a_link_is_unlinked_and_not_followed(tmp_path: Path) 
     assert names(tmp_path / "precious") == ["file"]
 
 
+def test_leftovers_of_a_missing_folder_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ResourceExhausted, match="absent: cannot be written"):
+        remove_leftovers(tmp_path / "absent")
+
+
 def test_a_real_size_limit_is_disk_full(tmp_path: Path) -> None:
     atomic_write(tmp_path / "a", b"old")
     done = subprocess.run(

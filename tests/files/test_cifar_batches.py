@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
-import functools
+import gzip
 import io
-import operator
 import os
 import pickle
 import struct
@@ -13,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +59,13 @@ def python_2(images: npt.NDArray[np.uint8], labels: list[int]) -> bytes:
     def string(text: bytes) -> bytes:
         return b"U" + bytes([len(text)]) + text if len(text) < 256 else b"T" + struct.pack("<i", len(text)) + text
 
-    dtype = b"cnumpy\ndtype\nq\x05" + string(b"u1") + b"K\x00K\x01\x87R(K\x03" + string(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    dtype = (
+        b"cnumpy\ndtype\nq\x05"
+        + string(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + string(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
     array = b"cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nK\x00\x85" + string(b"b") + b"\x87R(K\x01"
     array += b"K" + bytes([len(images)]) + b"M\x00\x0c\x86" + dtype + b"\x89" + string(images.tobytes()) + b"tb"
     numbers = b"]q\x07(" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
@@ -107,7 +112,13 @@ def refusal(call: Callable[[], object]) -> str:
 @pytest.mark.parametrize("as_bytes", [False, True])
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_batches_of_python_3_are_read(protocol: int, as_bytes: bool) -> None:
-    value = {"data": pixels(0, 300), "labels": list(range(300)), "filenames": ["é.png", "b.png"], "n": 70_000, "x": None}
+    value = {
+        "data": pixels(0, 300),
+        "labels": list(range(300)),
+        "filenames": ["é.png", "b.png"],
+        "n": 70_000,
+        "x": None,
+    }
     batch = parse_batch(dump(value, protocol, as_bytes), "a")
     np.testing.assert_array_equal(batch.pop("data"), value.pop("data"))
     assert batch.pop("filenames")[1] == "b.png"
@@ -204,41 +215,212 @@ class Sets:
         Path(state).touch()
 
 
-def raw(body: bytes, protocol: int = 4) -> bytes:
-    """A batch with one entry, given as instructions."""
-    return b"\x80" + bytes([protocol]) + b"}U\x04data" + body + b"s."
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def entry(body: bytes) -> bytes:
+    """A batch whose one entry is given as instructions."""
+    return b"\x80\x04}" + text("data") + body + b"s."
 
 
 def live_payloads(marker: str) -> dict[str, bytes]:
-    """Files that make the marker when they are unpickled."""
-    touch = f"touch {marker}"
-    code = f"open({marker!r}, 'w').close()"
-    command, source = touch.encode(), code.encode()
-    setter = Sets()
-    setter.path = marker  # type: ignore[attr-defined]
+    """Files that make the marker when Python unpickles them."""
+    touch, code = f"touch {marker}", f"open({marker!r}, 'w').close()"
     objects = {
-        "os.system": Calls(os.system, touch),
+        "system": Calls(os.system, touch),
         "eval": Calls(eval, code),
         "exec": Calls(exec, code),
         "subprocess": Calls(subprocess.check_call, ["touch", marker]),
         "open": Calls(open, marker, "w"),
         "nested": Calls(pickle.loads, pickle.dumps(Calls(os.system, touch))),
-        "getattr chain": Calls(Calls(getattr, Calls(__import__, "os"), "system"), touch),
-        "partial": Calls(Calls(functools.partial, os.system), touch),
-        "methodcaller": Calls(Calls(operator.methodcaller, "system", touch), os),
         "map": Calls(list, Calls(map, os.system, [touch])),
-        "state": Calls(Sets, state=marker),
-        "array state": Calls(np.ndarray, (0,), state=(1, (1,), np.dtype("O"), False, [Calls(os.system, touch)])),
-        "label": [0, 1, Calls(os.system, touch)],
+        "setstate": Calls(Sets, state=marker),
+        "in a list": [0, 1, Calls(os.system, touch)],
     }
-    files = {f"{name} {protocol}": pickle.dumps({"data": value}, protocol) for name, value in objects.items() if name not in ("methodcaller", "array state") for protocol in (2, 3, 4)}
+    files = {
+        f"{name}, protocol {protocol}": pickle.dumps({"data": value}, protocol)
+        for name, value in objects.items()
+        for protocol in (0, 2, 3, 4, 5)
+    }
+    run = b"cbuiltins\nexec\n" + text(code) + b"\x85R"
     return files | {
-        "GLOBAL": raw(b"cos\nsystem\nX" + struct.pack("<I", len(command)) + command + b"\x85R", 2),
-        "INST": raw(b"(X" + struct.pack("<I", len(command)) + command + b"ios\nsystem\n", 2),
-        "OBJ": raw(b"(cos\nsystem\nX" + struct.pack("<I", len(command)) + command + b"o", 2),
-        "STACK_GLOBAL memo": raw(b"\x8c\x02os\x94\x8c\x06system\x940h\x00h\x01\x93X" + struct.pack("<I", len(command)) + command + b"\x85R"),
-        "protocol 0": b"(dS'data'\ncbuiltins\nexec\n(V" + source + b"\ntRs.",
-        "key": b"\x80\x02}cbuiltins\nexec\nX" + struct.pack("<I", len(source)) + source + b"\x85RNs.",
-        "before": b"\x80\x02cbuiltins\nexec\nX" + struct.pack("<I", len(source)) + source + b"\x85R0}.",
-        "dotted": raw(b"\x8c\x02os\x8c\x0bpath.os.sys\x930\x8c\x02os\x8c\x0epath.os.system\x93X" + struct.pack("<I", len(command)) + command + b"\x85R"),
+        "GLOBAL": entry(b"cos\nsystem\n" + text(touch) + b"\x85R"),
+        "INST": entry(b"(" + text(touch) + b"ios\nsystem\n"),
+        "OBJ": entry(b"(cos\nsystem\n" + text(touch) + b"o"),
+        "STACK_GLOBAL from the memo": entry(
+            text("os") + b"q\x00" + text("system") + b"q\x0100h\x00h\x01\x93" + text(touch) + b"\x85R"
+        ),
+        "dotted name": entry(text("os") + text("path.os.system") + b"\x93" + text(touch) + b"\x85R"),
+        "as a key": b"\x80\x02}" + run + b"Ns.",
+        "before the batch": b"\x80\x02" + run + b"0}.",
+        "behind a frame": b"\x80\x04\x95" + struct.pack("<Q", len(run) + 3) + run + b"0}.",
     }
+
+
+@pytest.mark.parametrize("payload", live_payloads("x"))
+def test_no_program_runs(tmp_path: Path, payload: str) -> None:
+    marker = tmp_path / "PWNED"
+    data = live_payloads(str(marker))[payload]
+    with pytest.warns(ResourceWarning) if "open" in payload else nullcontext():
+        pickle.loads(data)
+    assert marker.exists(), "the payload is not one"
+    marker.unlink()
+    files = contents("cifar100") | {"train": data}
+    folder = write_folder(tmp_path, "cifar100", files)
+    archive = write_archive(tmp_path / "a.tar.gz", "cifar100", files)
+    for call in (
+        lambda: parse_batch(data, "train"),
+        lambda: read_cifar(folder, "cifar100", "train"),
+        lambda: read_cifar(archive, "cifar100", "train"),
+    ):
+        assert "train: " in refusal(call)
+    assert not marker.exists()
+
+
+def test_the_refusal_says_what_the_file_refers_to() -> None:
+    data = pickle.dumps({"data": Calls(os.system, "true")}, 4)
+    assert refusal(lambda: parse_batch(data, "a\x1b")).startswith(
+        "a\\x1b: it refers to posix.system, which image batches"
+    )
+
+
+NEST = b"K\x00\x85" + b"q\x00h\x00\x86" * 60  # a tuple of two of a tuple of two of ..., 2^60 leaves: never to be walked
+
+
+RECONSTRUCT = b"cnumpy.core.multiarray\n_reconstruct\n"
+NDARRAY = RECONSTRUCT + b"cnumpy\nndarray\nK\x00\x85" + text("b") + b"\x87R"
+ENCODE = b"c_codecs\nencode\nh\x00" + text("latin1") + b"\x86R"
+HOSTILE = {
+    "empty": (b"", "damaged"),
+    "no stop": (b"\x80\x02}", "damaged"),
+    "empty stack": (b"\x80\x02.", "does not hold a mapping"),
+    "two values": (b"\x80\x02}}.", "does not hold a mapping"),
+    "a list": (b"\x80\x02].", "does not hold a mapping"),
+    "no mark": (entry(b"t"), "damaged"),
+    "no memo": (entry(b"h\x05"), "damaged"),
+    "extension": (entry(b"\x82\x01"), "EXT1"),
+    "persistent": (entry(b"Pid\n"), "PERSID"),
+    "number as text": (entry(b"I" + b"9" * 1000 + b"\n"), "INT"),
+    "protocol 5": (pickle.dumps({"data": pixels(0)}, 5), "_frombuffer"),
+    "objects": (pickle.dumps({"data": np.array([None, {}], object)}, 2), "calls something"),
+    "floats": (pickle.dumps({"data": np.zeros((2, 2))}, 2), "calls something"),
+    "scalar": (pickle.dumps({"data": np.float64(1)}, 2), "multiarray.scalar"),
+    "three axes": (pickle.dumps({"data": np.zeros((2, 2, 2), np.uint8)}, 2), "not a table"),
+    "loader of numpy": (pickle.dumps({"data": Calls(np.load, "a.npy")}, 2), "numpy.load"),
+    "array as function": (entry(b"cnumpy\nndarray\nK\x00\x85R"), "calls something"),
+    "another class": (entry(NDARRAY.replace(b"ndarray", b"dtype")), "calls something"),
+    "state of a list": (entry(b"]Nb"), "not an array"),
+    "item of a list": (entry(b"]NNs"), "not a mapping"),
+    "append to a mapping": (entry(b"}Na"), "not a list"),
+    "number as key": (b"\x80\x02}K\x01K\x02s.", "not a text"),
+    "length past the end": (entry(b"B\xff\xff\xff\x7fabc"), "damaged"),
+    "nest as module": (entry(NEST + text("x") + b"\x93"), "where a text belongs"),
+    "nest as key": (b"\x80\x02}" + NEST + b"Ns.", "not a text"),
+    "nest as function": (entry(NEST + b"K\x00\x85R"), "calls something"),
+    "nests as arguments": (entry(RECONSTRUCT + NEST + b"q\x00h\x00h\x00\x87R"), "calls something"),
+    "nest as codec": (entry(b"c_codecs\nencode\n" + text("a") + NEST + b"\x86R"), "where a text belongs"),
+    "nest as state": (entry(NDARRAY + NEST + b"b"), "damaged"),
+    "multiplied text": (entry(b"(" + text("a" * 100_000) + b"q\x00" + ENCODE * 3 + b"t"), "more than its own size"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_broken_and_hostile_programs_are_refused(case: str) -> None:
+    data, reason = HOSTILE[case]
+    assert reason in refusal(lambda: parse_batch(data, "a"))
+
+
+def test_a_nest_as_a_value_is_left_alone(tmp_path: Path) -> None:
+    assert isinstance(parse_batch(entry(NEST), "a")["data"], tuple)
+    folder = write_folder(tmp_path, "cifar100", contents("cifar100") | {"train": entry(NEST)})
+    assert "not an array" in refusal(lambda: read_cifar(folder, "cifar100", "train"))
+
+
+def test_an_endless_program_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar_batches, "_MAX_STEPS", 100)
+    assert parse_batch(entry(b"]" + b"Na" * 45), "a")
+    assert "longer than any image batch" in refusal(lambda: parse_batch(entry(b"]" + b"Na" * 60), "a"))
+
+
+WATCH = """
+import sys
+from pathlib import Path
+from blto.errors import InputRefused
+from blto.files.cifar_batches import parse_batch, read_cifar
+def load(data):
+    try:
+        parse_batch(data, "a")
+    except InputRefused:
+        pass
+files = [path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())]
+load(files[0])
+events = set()
+def watch(event, arguments):
+    events.add(event)
+sys.addaudithook(watch)
+for data in files:
+    load(data)
+assert not events, events
+"""
+
+
+def test_the_interpreter_of_python_sees_nothing_happen(tmp_path: Path) -> None:
+    files = [*live_payloads(str(tmp_path / "PWNED")).values(), dump({"data": pixels(0)}), python_2(pixels(0), [1] * 4)]
+    (tmp_path / "files").mkdir()
+    for number, data in enumerate(files):
+        (tmp_path / "files" / str(number)).write_bytes(data)
+    subprocess.run([sys.executable, "-c", WATCH, tmp_path / "files"], check=True, timeout=60)
+    assert not (tmp_path / "PWNED").exists()
+
+
+# --- archives ------------------------------------------------------------------------------------------------------
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def test_other_members_are_never_extracted(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    members = [
+        special("../escape", tarfile.REGTYPE),
+        special("/tmp/blto-escape", tarfile.REGTYPE),
+        special("link", tarfile.SYMTYPE, "/etc"),
+        special("hard", tarfile.LNKTYPE, "link/passwd"),
+        special("pipe", tarfile.FIFOTYPE),
+    ]
+    archive = write_archive(tmp_path / "in" / "a.tar.gz", "cifar100", contents("cifar100"), *members)
+    before = sorted(tmp_path.rglob("*"))
+    assert len(read_cifar(archive, "cifar100", "train").labels) == 4
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path("/tmp/blto-escape").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+def test_a_wanted_member_must_be_a_file(tmp_path: Path, kind: bytes) -> None:
+    files = contents("cifar100")
+    del files["train"]
+    member = special("cifar-100-python/train", kind, "/etc/passwd")
+    archive = write_archive(tmp_path / "a.tar.gz", "cifar100", files, member)
+    assert "train is missing in it, cut short, or not a plain file" in refusal(
+        lambda: read_cifar(archive, "cifar100", "train")
+    )
+
+
+def test_bombs_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = write_archive(tmp_path / "a.tar.gz", "cifar100", contents("cifar100"))
+    monkeypatch.setattr(cifar_batches, "_MAX_ARCHIVE_BYTES", 10_000)
+    assert "unpacks to more than 10000 bytes" in refusal(lambda: read_cifar(archive, "cifar100", "train"))
+    monkeypatch.undo()
+    many = [special(str(number), tarfile.REGTYPE) for number in range(200)]
+    archive = write_archive(tmp_path / "b.tar.gz", "cifar100", contents("cifar100"), *many)
+    assert "missing" in refusal(lambda: read_cifar(archive, "cifar100", "train"))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x1f\x8b", b"x" * 1000, gzip.compress(b"x" * 5000)])
+def test_what_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(data)
+    assert "a.tar.gz: " in refusal(lambda: read_cifar(tmp_path / "a.tar.gz", "cifar10", "train"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +113,22 @@ def test_sixteen_bits_keep_their_high_byte() -> None:
     np.testing.assert_array_equal(decode_image(color, "a"), expected)
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg", "tiff_deflate"])
+def test_compressed_tiff_is_refused(compression: str) -> None:
+    assert "compressed TIFF; save it as PNG" in refusal(encoded(random_pixels(), "TIFF", compression=compression))
+
+
+def test_nothing_but_the_refusal_is_said() -> None:
+    data = bytearray(encoded(random_pixels(), "TIFF"))
+    entry = data.index(struct.pack("<HHIH", 277, 3, 1, 3))  # samples per pixel, of which Pillow complains in its log
+    data[entry + 9] = 4
+    program = (
+        f"from blto.files.images import decode_image\ntry: decode_image({bytes(data)!r}, 'a')\nexcept Exception: pass"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_pixels_of_32_bits_are_refused(dtype: type) -> None:
     assert "32-bit" in refusal(encoded(Image.fromarray(np.zeros((2, 2), dtype)), "TIFF"))
@@ -176,11 +195,24 @@ def test_names_are_shown_safely() -> None:
     assert str(error.value).isprintable()
 
 
-def test_threads_agree_and_leave_the_warnings_alone() -> None:
-    pixels = [random_pixels(10 + number, 7) for number in range(40)]
+def test_threads_take_turns_because_warnings_belong_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most = 0, 0
+    real = Image.open
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.005)
+        inside -= 1
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", slow)
+    pixels = [random_pixels(10 + number, 7) for number in range(20)]
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
-        decoded = list(pool.map(decode_image, map(encode_png, pixels), map(str, range(40))))
+        decoded = list(pool.map(decode_image, map(encode_png, pixels), map(str, range(20))))
     for one, other in zip(decoded, pixels, strict=True):
         np.testing.assert_array_equal(one, other)
+    assert most == 1
     assert list(warnings.filters) == before

@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@settings(derandomize=True, max_examples=2000, deadline=None)
+@settings(derandomize=True, max_examples=1000, deadline=None)
 @given(RELATIVE)
 def test_a_joined_path_never_leaves_the_root(root: Path, relative: str) -> None:
     with suppress(InputRefused):

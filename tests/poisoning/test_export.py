@@ -90,12 +90,13 @@ def test_an_occupied_folder_is_refused_and_kept(write: Write, tmp_path: Path) ->
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
-@pytest.mark.parametrize("inside", [".", "poisoned", "a/../b"])
+@pytest.mark.parametrize("inside", ["source", "source/poisoned", "source/a/../b", "link/poisoned", "a/../source"])
 def test_output_inside_the_source_is_refused(
     inside: str, dataset: PoisonedDataset, trigger: AdditiveTrigger, tmp_path: Path
 ) -> None:
     (tmp_path / "source").mkdir()
-    out = tmp_path / "source" / inside
+    (tmp_path / "link").symlink_to(tmp_path / "source")
+    out = tmp_path / inside
     with pytest.raises(ConfigError, match="inside the source data"):
         write_poisoned(dataset, trigger, seeds={}, out=out, source=tmp_path / "source")
     assert list((tmp_path / "source").iterdir()) == []

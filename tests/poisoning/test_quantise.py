@@ -41,7 +41,7 @@ def test_quantise_refuses_nan() -> None:
 )
 def test_triggered_images_stay_within_epsilon_after_rounding(pixels: np.ndarray, delta: np.ndarray, eps: float) -> None:
     out = apply_to_uint8(AdditiveTrigger(torch.from_numpy(delta), Budget(eps)), pixels)
-    assert np.abs(out.astype(int) - pixels).max() <= eps * 255 + 1e-6
+    assert np.abs(out.astype(int) - pixels).max() <= eps * 255 + 1e-4
 
 
 def test_the_paper_s_budget_is_reached_and_not_passed() -> None:

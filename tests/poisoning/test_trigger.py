@@ -70,8 +70,9 @@ def test_budget_refuses_another_norm() -> None:
         Budget(0.1, norm="l2")  # type: ignore[arg-type]  # what a configuration may hold
 
 
-def test_levels_round_down_and_survive_floating_point() -> None:
+def test_levels_round_down_but_allow_for_decimals() -> None:
     assert [Budget(k / 255).levels for k in range(256)] == list(range(256))
+    assert [Budget(float(f"{k / 255:.7f}")).levels for k in range(256)] == list(range(256))
     assert Budget(8.99 / 255).levels == 8
     assert Budget(0.0).levels == 0
 

@@ -269,6 +269,15 @@ def test_short_hashes_alone_do_not_pass(write: Write) -> None:
         verify(root)
 
 
+def test_a_poison_is_compared_by_its_whole_hash(write: Write) -> None:
+    root = write("png")
+    poisons = json.loads((root / "poison_manifest.json").read_text())["poisons"]
+    poisons[1]["poisoned_sha256"] = poisons[1]["poisoned_sha256"][:16] + "0" * 48
+    _edit_manifest(root, poisons=poisons)
+    with pytest.raises(Mismatch, match=f"image {poisons[1]['index']} is not as recorded"):
+        verify(root)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_class_names_that_lead_elsewhere_are_refused(name: str, write: Write, tmp_path: Path) -> None:
     root = write("png")

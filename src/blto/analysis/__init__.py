@@ -6,6 +6,7 @@ from blto.analysis.bars import metric_bars
 from blto.analysis.curves import alignment_uniformity, crafting_curve, similarity_trajectory
 from blto.analysis.embedding import embed, embedding_map
 from blto.analysis.from_record import record_figures
+from blto.analysis.from_test_set import test_set_figures
 from blto.analysis.images import residual_grid, residual_table
 from blto.analysis.save import save_figure, svg_text
 
@@ -21,4 +22,5 @@ __all__ = [
     "save_figure",
     "similarity_trajectory",
     "svg_text",
+    "test_set_figures",
 ]

@@ -88,29 +88,29 @@ def alignment_uniformity(
 
 @styled
 def crafting_curve(
-    steps: ArrayLike, triggered: ArrayLike, clean: ArrayLike, target: ArrayLike, *, restarts: Sequence[float] = ()
+    rounds: ArrayLike, triggered: ArrayLike, clean: ArrayLike, target: ArrayLike, *, restarts: Sequence[float] = ()
 ) -> Figure:
     """Similarities on the surrogate while the trigger is made.
 
     Args:
-        steps: (T,) generator steps.
-        triggered: (T,) similarity of triggered images to the target class, on the surrogate of that step.
+        rounds: (T,) rounds of the loop that makes the trigger.
+        triggered: (T,) similarity of triggered images to the target class, on the surrogate of that round.
         clean: (T,) the same images without the trigger.
         target: (T,) clean images of the target class.
-        restarts: steps at which the surrogate was initialised anew.
+        restarts: rounds at which the surrogate was initialised anew.
 
     Raises:
         ConfigError: an argument is not a row of finite numbers, or the lengths differ.
     """
-    x = column(steps, "steps")
+    x = column(rounds, "rounds")
     figure, [axes] = new_figure(3.3)
     axes.plot(x, column(target, "target", len(x)), color=TARGET, linestyle="--", label="target-class images")
     axes.plot(x, column(triggered, "triggered", len(x)), color=TRIGGERED, label="triggered")
     axes.plot(x, column(clean, "clean", len(x)), color=CLEAN, linestyle=":", label="other classes, no trigger")
-    for index, step in enumerate(restarts):
+    for index, start in enumerate(restarts):
         label = "surrogate starts anew" if index == 0 else None
-        axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), label=label)
-    axes.set(xlabel="Trigger optimization (generator steps)", ylabel=SIMILARITY)
+        axes.axvline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), label=label)
+    axes.set(xlabel="Training of the trigger (rounds)", ylabel=SIMILARITY)
     _whole_numbers(axes)
     legend_below(figure, axes)
     return figure

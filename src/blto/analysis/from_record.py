@@ -15,15 +15,15 @@ from blto.records import Metric, RunRecord
 Columns = dict[str, list[Any]]
 Entries = Sequence[dict[str, Any]]
 
-SIMILARITIES = ("similarity_triggered", "similarity_clean", "similarity_target")
+SIMILARITIES = ("trigger", "clean", "target")
 
 
 def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
     """Name -> (figure, plotted columns) for everything that `record` has measured; what it has not is left out.
 
-    Entries of `trajectory` and `trajectory_clean_twin` are read under "epoch", "similarity_triggered",
-    "similarity_clean", "similarity_target", "alignment" and "uniformity"; those of `crafting` under "step", the three
-    similarities and "surrogate", a number that changes when the surrogate starts anew.
+    Entries of `trajectory` and `trajectory_clean_twin` are read under "epoch", "alignment", "uniformity" and the
+    similarities to the target class of triggered, clean and target-class images: "trigger", "clean" and "target". Those
+    of `crafting` are read under "round", the same three, and "period", which changes when the surrogate starts anew.
     """
     makers: dict[str, Callable[[RunRecord], tuple[Figure, Columns] | None]] = {
         "similarity_trajectory": _similarity,
@@ -39,7 +39,7 @@ def _similarity(record: RunRecord) -> tuple[Figure, Columns] | None:
     poisoned = _columns(record.trajectory, "epoch", *SIMILARITIES)
     if poisoned is None:
         return None
-    twin = _columns(record.trajectory_clean_twin, "epoch", "similarity_triggered")
+    twin = _columns(record.trajectory_clean_twin, "epoch", "trigger")
     figure = similarity_trajectory(*poisoned.values(), twin=tuple(twin.values()) if twin else None)  # type: ignore[arg-type]
     return figure, _stacked(poisoned, twin)
 
@@ -54,13 +54,13 @@ def _alignment(record: RunRecord) -> tuple[Figure, Columns] | None:
 
 
 def _crafting(record: RunRecord) -> tuple[Figure, Columns] | None:
-    crafted = _columns(record.crafting, "step", *SIMILARITIES)
+    crafted = _columns(record.crafting, "round", *SIMILARITIES)
     if crafted is None:
         return None
-    surrogates = [entry.get("surrogate", 0) for entry in record.crafting]
-    fresh = [before != after for before, after in pairwise(surrogates)]
-    restarts = [step for step, new in zip(crafted["step"][1:], fresh, strict=True) if new]
-    return crafting_curve(*crafted.values(), restarts=restarts), {**crafted, "surrogate": surrogates}
+    periods = [entry.get("period", 0) for entry in record.crafting]
+    fresh = [before != after for before, after in pairwise(periods)]
+    restarts = [number for number, new in zip(crafted["round"][1:], fresh, strict=True) if new]
+    return crafting_curve(*crafted.values(), restarts=restarts), {**crafted, "period": periods}
 
 
 def _bars(record: RunRecord) -> tuple[Figure, Columns] | None:

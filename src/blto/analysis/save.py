@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from blto.analysis.style import styled
 from blto.errors import ConfigError
 from blto.files.atomic import atomic_write
 from blto.files.text import show
 
-Columns = Mapping[str, Sequence[Any]]
+Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
 
 
 def save_figure(figure: Figure, path: Path, data: Columns) -> tuple[Path, Path]:

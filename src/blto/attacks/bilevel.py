@@ -89,7 +89,7 @@ class BilevelSpec(BaseModel):
 class Similarities:
     """Mean cosine to the target over a batch: of triggered, of clean and of the target's own (reference) views."""
 
-    trigger: Tensor
+    triggered: Tensor
     clean: Tensor
     target: Tensor
 
@@ -97,7 +97,7 @@ class Similarities:
 def similarities(
     triggered: Tensor, references: Tensor, clean: Tensor, *, centred: bool, centroid: bool
 ) -> Similarities:
-    """The outer objective (the paper's S, to be maximised in `trigger`), with its two yardsticks.
+    """The outer objective (the paper's S, to be maximised in `triggered`), with its two yardsticks.
 
     Args:
         triggered, references, clean: features (B, D) of the views of g(x), of reference images, and of x itself. The
@@ -229,11 +229,11 @@ class BilevelOptimisation:
             centroid=self.spec.target == "centroid",
         )
         parameters = list(self.trigger.parameters())
-        gradients = torch.autograd.grad(-found.trigger, parameters)
+        gradients = torch.autograd.grad(-found.triggered, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
-        return found
+        return Similarities(found.triggered.detach(), found.clean, found.target)
 
     def _features(self, triggered: Tensor, references: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the three batches of views in the layer, and with the batch norm, that the spec names."""
@@ -298,8 +298,8 @@ def optimise_trigger(
 ) -> list[dict[str, float]]:
     """Run the whole loop, resumably; trains `trigger` in place and returns its trajectory.
 
-    Each row: `round`, `period` (which surrogate), and the similarity to the target of `trigger`, `clean` and `target`
-    views on the surrogate of that round.
+    Each row: `step` (the round), `surrogate` (which one, from 0), and `similarity_triggered`, `similarity_clean` and
+    `similarity_target`: the mean cosine to the target of that round's views, on the surrogate.
 
     Raises:
         ConfigError: a target class or poison rate that the data do not have.
@@ -334,7 +334,8 @@ def optimise_trigger(
             found = run.one_round()
             if run.round % ROUNDS_BETWEEN_ROWS == 0 or run.round == spec.rounds:
                 row = kept.note(found)
-                advance(run.round, f"trigger {row['trigger']:.2f} clean {row['clean']:.2f} target {row['target']:.2f}")
+                shown = " ".join(f"{name} {row[f'similarity_{name}']:.2f}" for name in ("triggered", "clean", "target"))
+                advance(run.round, f"similarity to the target: {shown}")
             if stop:
                 kept.save()
                 raise Interrupted(
@@ -355,9 +356,14 @@ class _Kept:
     def note(self, found: Similarities) -> dict[str, float]:
         """Add a row to the trajectory; look for NaN; save where it is time."""
         run = self.run
-        row = {"round": float(run.round), "period": float(run.period)}
-        row |= {name: float(getattr(found, name)) for name in ("trigger", "clean", "target")}
-        if int(run.surrogate.first_bad_step) >= 0 or not math.isfinite(row["trigger"]):
+        row = {
+            "step": float(run.round),
+            "surrogate": float(run.surrogate_period),
+            "similarity_triggered": float(found.triggered),
+            "similarity_clean": float(found.clean),
+            "similarity_target": float(found.target),
+        }
+        if int(run.surrogate.first_bad_step) >= 0 or not math.isfinite(row["similarity_triggered"]):
             raise Diverged(
                 f"the bi-level loop met NaN or Inf by round {run.round}; lower surrogate.optimizer.lr or outer_lr."
             )

@@ -3,24 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import blto
-from blto.cli import catalog, output
+from blto.cli import output
 
 app = typer.Typer(
     name="blto",
     help="Backdoors in contrastive pretraining: craft them, measure them, defend against them.",
     add_completion=False,
-    no_args_is_help=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Layout(StrEnum):
+    """How a poisoned set is written."""
+
+    PARQUET = "parquet"
+    PNG = "png"
+
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one key, as attack.poison_rate=0.005; may be given again."),
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of every choice; overrules the configuration's.")]
+Store = Annotated[Path, typer.Option(help="Folder of the runs and of what they share.")]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder of the data sets; else the variable BLTO_DATA.", show_default=False)
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted stage.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+OutFile = Annotated[Path | None, typer.Option(help="Copy the file to here.", show_default=False)]
+
+
+def _options(store: Path, data_root: Path | None, device: Device, resume: bool, quiet: bool) -> dict[str, Any]:
+    """The keywords that every call on a configuration takes; see `blto.api.Options`."""
+    return {
+        "store": store,
+        "data_root": data_root,
+        "device": device.value,
+        "resume": resume,
+        "quiet": quiet,
+    }
 
 
 @app.callback(invoke_without_command=True)
@@ -30,33 +71,152 @@ def _no_command(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@app.command("list")
-def list_command(
-    kind: Annotated[str | None, typer.Argument(help="attack, method, backbone, generator or dataset.")] = None,
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and report.html.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every choice.")] = 0,
+    device: DeviceOption = Device.AUTO,
+    resume: Resume = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """List every component: attacks, pretraining methods, backbones, generators, datasets."""
-    listing = catalog.list_components(kind)
-    if as_json:
-        output.print_json(listing)
-    else:
-        output.print_text(output.components_table(listing))
+    """Learn a trigger, poison, pretrain and measure on embedded data, in minutes."""
+    records = blto.demo(out=out, seed=seed, device=device.value, resume=resume, quiet=quiet)
+    output.print_records(records, as_json=as_json, page=out / "report.html")
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    set_: Set = None,
+    seed: Seed = None,
+    store: Store = Path("runs"),
+    data_root: DataRoot = None,
+    device: DeviceOption = Device.AUTO,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run one experiment: trigger, poisons, victim and clean twin, metrics, record."""
+    options = _options(store, data_root, device, resume, quiet)
+    output.print_records([blto.run(config, set=set_ or (), seed=seed, **options)], as_json=as_json)
+
+
+@app.command()
+def craft(
+    config: ConfigFile,
+    out: OutFile = None,
+    set_: Set = None,
+    seed: Seed = None,
+    store: Store = Path("runs"),
+    data_root: DataRoot = None,
+    device: DeviceOption = Device.AUTO,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Learn the trigger alone; prints its file."""
+    options = _options(store, data_root, device, resume, quiet)
+    output.print_path("trigger", blto.craft(config, out, set=set_ or (), seed=seed, **options), as_json=as_json)
+
+
+@app.command()
+def poison(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option(help="New folder for the poisoned set.", show_default=False)],
+    trigger: Annotated[
+        Path | None, typer.Option(help="A trigger file; else the configuration's own.", show_default=False)
+    ] = None,
+    layout: Annotated[Layout, typer.Option(help="One parquet file, or a PNG for each image.")] = Layout.PARQUET,
+    set_: Set = None,
+    seed: Seed = None,
+    store: Store = Path("runs"),
+    data_root: DataRoot = None,
+    device: DeviceOption = Device.AUTO,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write the poisoned training set, with manifest and marker."""
+    options = _options(store, data_root, device, resume, quiet)
+    folder = blto.poison(config, out, trigger=trigger, layout=layout.value, set=set_ or (), seed=seed, **options)
+    output.print_path("poisoned", folder, as_json=as_json)
+
+
+@app.command()
+def pretrain(
+    config: ConfigFile,
+    out: OutFile = None,
+    poisoned: Annotated[bool, typer.Option("--poisoned", help="Permit a set that is marked as poisoned.")] = False,
+    set_: Set = None,
+    seed: Seed = None,
+    store: Store = Path("runs"),
+    data_root: DataRoot = None,
+    device: DeviceOption = Device.AUTO,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train an encoder on the data as they are; prints its file."""
+    options = _options(store, data_root, device, resume, quiet)
+    file = blto.pretrain(config, out, poisoned=poisoned, set=set_ or (), seed=seed, **options)
+    output.print_path("encoder", file, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    encoder: Annotated[Path, typer.Option(help="The encoder under test.", show_default=False)],
+    clean_twin: Annotated[Path, typer.Option(help="The same without poison.", show_default=False)],
+    trigger: Annotated[Path, typer.Option(help="The trigger file.", show_default=False)],
+    set_: Set = None,
+    seed: Seed = None,
+    store: Store = Path("runs"),
+    data_root: DataRoot = None,
+    device: DeviceOption = Device.AUTO,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure an encoder beside its clean twin."""
+    options = _options(store, data_root, device, False, quiet)
+    metrics = blto.evaluate(
+        config, encoder=encoder, clean_twin=clean_twin, trigger=trigger, set=set_ or (), seed=seed, **options
+    )
+    output.print_metrics(metrics, as_json=as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="Run ids, run folders or record files; none is all.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    store: Store = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page about runs; prints its path."""
+    output.print_path("report", blto.report(runs or (), out=out, store=store), as_json=as_json)
+
+
+@app.command("list")
+def list_command(
+    kind: Annotated[
+        str | None, typer.Argument(help="attack, method, backbone, generator, dataset or run.", show_default=False)
+    ] = None,
+    store: Store = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List every component and every run."""
+    output.print_listing(blto.list(kind, store=store), as_json=as_json)
 
 
 @app.command()
 def show(
-    name: Annotated[
-        str, typer.Argument(help="A component's name, as `blto list` prints it; kind:name where two share it.")
-    ],
+    name: Annotated[str, typer.Argument(help="A name that `blto list` prints; kind:name where two share it.")],
     as_json: Json = False,
 ) -> None:
     """Show one component: its card, and every option with type, range and default."""
-    component = blto.show(name)
-    if as_json:
-        output.print_json(component)
-    else:
-        for item in output.component_text(component):
-            output.print_text(item)
+    output.print_component(blto.show(name), as_json=as_json)
 
 
 @app.command()
@@ -64,13 +224,5 @@ def verify(
     path: Annotated[Path, typer.Argument(help="The folder of a poisoned set that blto wrote.")],
     as_json: Json = False,
 ) -> None:
-    """Check a poisoned set against its manifest; exit 6 names the first image that differs."""
-    found = blto.verify(path)
-    if as_json:
-        output.print_json(asdict(found))
-    else:
-        output.print_text(
-            f"{path}: as recorded. {found.n_images} images, {found.n_poisoned} of them poisoned "
-            f"({100 * found.poison_rate:.3g}%, class {found.target_class_name}, "
-            f"largest change {255 * found.epsilon_reached:.3g}/255)."
-        )
+    """Check a poisoned set against its manifest."""
+    output.print_verified(path, asdict(blto.verify(path)), as_json=as_json)

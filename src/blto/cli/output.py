@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from blto.files.text import show
+
+if TYPE_CHECKING:
+    from blto.records import Metric, RunRecord
 
 _WIDTH_OF_A_PIPE = 160  # no terminal says how wide: wide enough for one line a row
 
@@ -21,11 +25,13 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, allow_nan=False, indent=1) + "\n")
 
 
-def print_text(item: RenderableType) -> None:
-    """Text or a table, as wide as the terminal; a plain string is taken literally."""
+def print_text(*items: RenderableType) -> None:
+    """Text and tables, as wide as the terminal; a plain string is taken literally."""
     width = None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
     console = Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
-    console.print(Text(item) if isinstance(item, str) else item)
+    for item in items:
+        # A path must stay in one piece, to be copied: the terminal wraps it, not we.
+        console.print(Text(item) if isinstance(item, str) else item, soft_wrap=isinstance(item, str))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
@@ -36,24 +42,94 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     return result
 
 
-def components_table(listing: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """What `blto list` prints: one row per component."""
-    rows = [
-        (kind, name, card["summary"], card["paper"]) for kind, cards in listing.items() for name, card in cards.items()
-    ]
-    return table(("KIND", "NAME", "WHAT IT IS", "PAPER"), rows)
+def print_records(records: Sequence[RunRecord], *, as_json: bool, page: Path | None = None) -> None:
+    """The results of runs: the table, one sentence each on whether the attack took, and the page."""
+    if as_json:
+        found = [record.model_dump(mode="json") for record in records]
+        print_json({"runs": found, "report": str(page)} if page else found[0])
+        return
+    from blto.report import results_table
+    from blto.report.wording import is_attack, verdict
+
+    print_text(results_table(records))
+    for record in records:
+        if is_attack(record):
+            print_text(f"{record.run_id}: took: {str(record.took).lower()}. {show(verdict(record)[1], 400)}")
+    if page:
+        print_text(f"report: {show(page, 1000)}")
 
 
-def component_text(component: Mapping[str, Any]) -> list[RenderableType]:
-    """What `blto show` prints: the card, then a row per option."""
+def print_metrics(metrics: Mapping[str, Mapping[str, Metric]], *, as_json: bool) -> None:
+    """The metrics of one encoder, per probe."""
+    if as_json:
+        print_json({probe: {name: one.model_dump() for name, one in each.items()} for probe, each in metrics.items()})
+        return
+    from blto.report.wording import with_interval
+
+    rows = [(probe, name, with_interval(one), one.n) for probe, each in metrics.items() for name, one in each.items()]
+    print_text(table(("PROBE", "METRIC", "VALUE [95%]", "N"), rows))
+
+
+def print_path(what: str, path: Path, *, as_json: bool) -> None:
+    """Where the result is."""
+    if as_json:
+        print_json({what: str(path)})
+    else:
+        print_text(show(path, 4000))
+
+
+def print_listing(listing: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
+    """One row per component, then the table of the runs, if there are any."""
+    listing = dict(listing)
+    runs: dict[str, RunRecord] = dict(listing.get("run", {}))
+    if as_json:
+        print_json(
+            {**listing, **({"run": {name: _summary(one) for name, one in runs.items()}} if "run" in listing else {})}
+        )
+        return
+    cards = [(kind, name, card) for kind, each in listing.items() if kind != "run" for name, card in each.items()]
+    if cards:
+        rows = [(kind, name, card["summary"], card["paper"]) for kind, name, card in cards]
+        print_text(table(("KIND", "NAME", "WHAT IT IS", "PAPER"), rows))
+    if runs:
+        rows = [("run", name, *_summary(one).values()) for name, one in runs.items()]
+        print_text(*([""] if cards else []), table(("KIND", "NAME", "TOOK", "LIFT", "ASR", "ASR OF TWIN"), rows))
+    elif not cards:
+        print_text("No runs yet.")
+
+
+def _summary(record: RunRecord) -> dict[str, Any]:
+    found = {name: record.metric(name) for name in ("lift", "asr", "asr_clean_twin")}
+    values = {name: None if one is None or one.value is None else round(one.value, 4) for name, one in found.items()}
+    return {"took": record.took, **values}
+
+
+def print_component(component: Mapping[str, Any], *, as_json: bool) -> None:
+    """The card, then a row per option."""
+    if as_json:
+        print_json(component)
+        return
     card = component["card"]
     source = ", ".join(str(part) for part in (card["paper"], card["year"]) if part)
     facts = [("paper", source), ("threat model", card["threat_model"]), ("norm", card["norm"])]
     lines = [f"{component['name']} ({component['kind']}): {card['title']}, {card['summary']}"]
     lines += [f"{name}: {value}" for name, value in facts if value]
+    print_text(*(show(line, 1000) for line in lines))
     rows = [(option["key"], option["accepts"], _default(option), option["meaning"]) for option in component["options"]]
-    items: list[RenderableType] = [show(line, 1000) for line in lines]
-    return [*items, "", table(("KEY", "ACCEPTS", "DEFAULT", "MEANING"), rows)] if rows else items
+    if rows:
+        print_text("", table(("KEY", "ACCEPTS", "DEFAULT", "MEANING"), rows))
+
+
+def print_verified(path: Path, found: Mapping[str, Any], *, as_json: bool) -> None:
+    """What a verified set is."""
+    if as_json:
+        print_json(found)
+    else:
+        print_text(
+            f"{show(path, 1000)}: as recorded. {found['n_images']} images, {found['n_poisoned']} of them poisoned "
+            f"({100 * found['poison_rate']:.3g}%, class {show(found['target_class_name'])}, "
+            f"largest change {255 * found['epsilon_reached']:.3g}/255)."
+        )
 
 
 def _default(option: Mapping[str, Any]) -> str:

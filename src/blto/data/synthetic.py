@@ -1,15 +1,17 @@
 """An embedded data set, drawn from a seed: ten classes of textured shapes, no file and no download.
 
-A class is a pair (shape, texture); every shape and every texture belongs to two classes, so neither alone decides.
-Colours, position, size, rotation, background, light and clutter are drawn without looking at the class. Every draw comes
-from Philox's raw stream and the drawing uses only correctly rounded arithmetic (no sin, exp or BLAS), so a seed gives
-the same bytes on every platform.
+A class is a pair (shape, texture). Colours, position, size, rotation, background, light and clutter are drawn without
+looking at it, so it cannot be read from colour or position alone, and textures keep it visible in a small crop.
+
+Every draw comes from Philox's raw stream and the drawing uses correctly rounded arithmetic only (no sin, exp, reduction
+or BLAS), so a seed gives the same bytes on every platform. Lengths are in half-widths: an image spans [-1, 1].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,142 +20,162 @@ from pydantic import Field
 from blto.data.images import ImageSet
 from blto.registry import Card
 
-Array = npt.NDArray[np.float32]
+Map = npt.NDArray[Any]  # floats, (B, H, W) or broadcastable to it
+Split = Literal["train", "test"]
 
-SHAPES = ("disc", "ring", "square", "triangle", "cross")
-TEXTURES = ("stripes", "checker", "dots", "grid", "zigzag")
-CLASSES = tuple((SHAPES[i % 5], TEXTURES[(i + i // 5) % 5]) for i in range(10))
+CLASSES = (
+    ("disc", "stripes"),
+    ("disc", "rings"),
+    ("ring", "dots"),
+    ("ring", "checker"),
+    ("square", "dots"),
+    ("square", "grid"),
+    ("triangle", "zigzag"),
+    ("triangle", "bands"),
+    ("cross", "checker"),
+    ("cross", "fade"),
+)
+CENTERED = ("rings", "fade")  # textures that start from the middle of their shape; the others have a random phase
 CHUNK = 256  # images drawn at once: keeps the working maps in cache
+COLUMNS = 64  # uniforms set aside for one image, of which the drawing uses some 50
+NOISE_LEVELS = 5.0  # width of the uniform sensor noise in 8-bit levels: a standard deviation of 1.44
 
 
-def uniforms(seed: int, purpose: int, start: int, count: int, width: int) -> npt.NDArray[np.float64]:
-    """Uniforms in [0, 1), (count, width): rows `start` onwards of an endless table that depends on (seed, purpose)."""
-    stream = np.random.Philox(np.random.SeedSequence([seed, purpose]))
-    blocks, rest = divmod(start * width, 4)  # Philox yields four words for each counter value
+def uniforms(key: tuple[int, ...], start: int, count: int, width: int) -> Map:
+    """Rows `start` to `start + count` of the endless table of uniforms in [0, 1) that belongs to `key`."""
+    stream = np.random.Philox(np.random.SeedSequence(key))
+    blocks, rest = divmod(start * width, 4)  # Philox yields four words per counter value
     stream.advance(blocks)
     words = stream.random_raw(rest + count * width)[rest:]
-    return ((words >> np.uint64(11)) * 2.0**-53).reshape(count, width)
+    return (words >> np.uint64(11)).astype(np.float64).reshape(count, width) * 2.0**-53
 
 
 class Draws:
-    """Hands out the columns of a table of uniforms one by one, as (B, 1, 1) float32."""
+    """Hands out the columns of a (B, K) table of uniforms one by one, as maps (B, 1, 1)."""
 
-    def __init__(self, table: npt.NDArray[np.float64]) -> None:
+    def __init__(self, table: Map) -> None:
         self._columns = iter(table.T)
 
-    def between(self, low: float, high: float) -> Array:
+    def between(self, low: float, high: float) -> Map:
         """Uniform in [low, high)."""
-        return (low + (high - low) * next(self._columns)).astype(np.float32)[:, None, None]
+        column: Map = low + (high - low) * next(self._columns)
+        return column.astype(np.float32)[:, None, None]
 
-    def direction(self, spread: float = 1.0) -> tuple[Array, Array]:
-        """(cos, sin) of a random angle; `spread` 1 covers half a turn, 0.2 about +-23 degrees."""
-        t = self.between(-spread, spread)
-        return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+    def coin(self) -> Map:
+        """1 half of the time, else 0."""
+        return np.rint(self.between(0, 1))
 
-    def color(self, luminance: Array, chroma: float) -> Array:
-        """A random colour of about the given luminance, (B, 3, 1, 1)."""
-        offsets = np.stack([self.between(-chroma, chroma) for _ in range(3)], axis=1)
+    def rotate(self, x: Map, y: Map, spread: float = 1.0) -> tuple[Map, Map]:
+        """Turn (x, y) by a random angle: up to a quarter turn either way, or 23 degrees with `spread` 0.2."""
+        t = self.between(-spread, spread)  # the tangent of half the angle gives sine and cosine by division alone
+        cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+        return cos * x + sin * y, cos * y - sin * x
+
+    def color(self, luminance: Map, chroma: float) -> Map:
+        """A random colour (B, 3, 1, 1) whose channels average to `luminance`."""
+        offsets: Map = np.stack([self.between(-chroma, chroma) for _ in range(3)], axis=1)
         return luminance[:, None] + offsets - (offsets[:, :1] + offsets[:, 1:2] + offsets[:, 2:]) / 3
 
 
-def wave(phase: Array) -> Array:
-    """A sine of period 1 made of two parabolas, in [-1, 1]: products and sums only."""
+def wave(phase: Map) -> Map:
+    """A sine of period 1 made of two parabolas, in [-1, 1]."""
     f = phase - np.rint(phase)
-    return 8 * f - 16 * f * abs(f)
+    sine: Map = 8 * f - 16 * f * abs(f)
+    return sine
 
 
-def shape_depth(shape: str, x: Array, y: Array) -> Array:
-    """How deep (x, y) lies inside a shape of radius about 1; negative outside."""
-    if shape == "disc":
-        return 0.9 - np.sqrt(x * x + y * y)
-    if shape == "ring":
-        return 0.29 - abs(np.sqrt(x * x + y * y) - 0.75)
-    if shape == "square":
-        return 0.8 - np.maximum(abs(x), abs(y))
-    if shape == "triangle":
-        return 0.58 - np.maximum(y, 0.866 * abs(x) - 0.5 * y)
-    return np.maximum(
-        np.minimum(0.38 - abs(x), 1 - abs(y)), np.minimum(1 - abs(x), 0.38 - abs(y))
-    )  # cross
+# How deep (x, y) lies inside a shape of radius about 1; negative outside.
+SHAPES: dict[str, Callable[[Map, Map], Map]] = {
+    "disc": lambda x, y: 0.9 - np.sqrt(x * x + y * y),
+    "ring": lambda x, y: 0.29 - abs(np.sqrt(x * x + y * y) - 0.75),
+    "square": lambda x, y: 0.8 - np.maximum(abs(x), abs(y)),
+    "triangle": lambda x, y: 0.58 - np.maximum(y, 0.866 * abs(x) - 0.5 * y),
+    "cross": lambda x, y: np.maximum(np.minimum(0.38 - abs(x), 1 - abs(y)), np.minimum(1 - abs(x), 0.38 - abs(y))),
+}
+
+# From 0 to 1 between the two colours of a shape, at (u, v) measured in periods.
+TEXTURES: dict[str, Callable[[Map, Map], Map]] = {
+    "stripes": lambda u, v: 0.5 + 0.5 * wave(u),
+    "rings": lambda u, v: 0.5 + 0.5 * wave(np.sqrt(u * u + v * v)),
+    "dots": lambda u, v: np.clip(2.2 * (wave(u * 0.8) + wave(v * 0.8)) - 1.8, 0, 1),
+    "checker": lambda u, v: np.clip(0.5 + 1.2 * wave(u * 0.7) * wave(v * 0.7), 0, 1),
+    "grid": lambda u, v: np.clip(3 * np.maximum(wave(u * 0.6), wave(v * 0.6)) - 2, 0, 1),
+    "zigzag": lambda u, v: 0.5 + 0.5 * wave(u + 0.45 * wave(v * 0.5)),
+    "bands": lambda u, v: np.clip(2 * wave(u * 0.5) - 0.5, 0, 1),
+    "fade": lambda u, v: np.clip(0.5 + 0.22 * u, 0, 1),
+}
 
 
-def texture_wave(texture: str, u: Array, v: Array) -> Array:
-    """The texture at (u, v), measured in periods: 0 to 1 between the object's two colours."""
-    if texture == "stripes":
-        return 0.5 + 0.5 * wave(u)
-    if texture == "checker":
-        return np.clip(0.5 + 1.2 * wave(u * 0.7) * wave(v * 0.7), 0, 1)
-    if texture == "dots":
-        return np.clip(2.2 * (wave(u * 0.8) + wave(v * 0.8)) - 1.8, 0, 1)
-    if texture == "grid":
-        return np.clip(3 * np.maximum(wave(u * 0.6), wave(v * 0.6)) - 2, 0, 1)
-    return 0.5 + 0.5 * wave(u + 0.45 * wave(v * 0.5))
-
-
-def draw_chunk(seed: int, purpose: int, start: int, labels: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.uint8]:
-    """Draw the images of rows `start` onwards, uint8 (B, 3, size, size)."""
-    count = len(labels)
-    u = Draws(uniforms(seed, purpose, start, count, 64))
-    axis = ((np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / size) - 1).astype(np.float32)
-    x, y = axis[None, None, :], axis[None, :, None]
-
-    # background
-    a, b = u.color(u.between(0.35, 0.65), 0.25), u.color(u.between(0.35, 0.65), 0.25)
-    c, s = u.direction()
-    along, across = c * x + s * y, c * y - s * x
+def background(u: Draws, x: Map, y: Map) -> Map:
+    """A smooth gradient of one of four kinds between two colours, (B, 3, H, W)."""
+    first, second = u.color(u.between(0.35, 0.65), 0.25), u.color(u.between(0.35, 0.65), 0.25)
+    along, across = u.rotate(x, y)
     px, py = u.between(-1, 1), u.between(-1, 1)
-    kinds = [0.5 + 0.4 * along, 0.35 * ((x - px) ** 2 + (y - py) ** 2), 0.5 + 0.7 * along * across, 0.5 + 0.5 * wave(0.4 * along + 0.5 * px)]
-    kind = u.between(0, 4).astype(np.int64)
-    ramp = np.clip(np.choose(kind, kinds), 0, 1).astype(np.float32)
-    image = a + (b - a) * ramp[:, None]
+    linear = 0.5 + 0.4 * along
+    radial = 0.35 * ((x - px) * (x - px) + (y - py) * (y - py))
+    saddle = 0.5 + 0.7 * along * across
+    swell = 0.5 + 0.5 * wave(0.4 * along + 0.5 * px)
+    ramp = np.choose(u.between(0, 4).astype(np.int64), (linear, radial, saddle, swell))
+    image: Map = first + (second - first) * np.clip(ramp, 0, 1)[:, None]
+    return image
 
-    # distractors
-    for _ in range(2):
-        dx, dy, dr = u.between(-1, 1), u.between(-1, 1), u.between(0.08, 0.22)
-        present = u.between(-1, 1) > 0
-        blob = np.clip((dr - np.sqrt((x - dx) ** 2 + (y - dy) ** 2)) * (size / 3) + 0.5, 0, 1) * present
-        image += blob[:, None] * (u.color(u.between(0.2, 0.8), 0.25) - image)
 
-    # object
-    cx, cy, r = u.between(-0.25, 0.25), u.between(-0.25, 0.25), u.between(0.65, 0.9)
-    c, s = u.direction(0.2)
-    ox, oy = (c * (x - cx) + s * (y - cy)) / r, (c * (y - cy) - s * (x - cx)) / r
-    c, s = u.direction()
-    period = u.between(0.22, 0.30)
-    pu, pv = u.between(0, 4), u.between(0, 4)
-    tu, tv = (c * x + s * y) / period + pu, (c * y - s * x) / period + pv
-    depth = np.empty((count, size, size), np.float32)
-    grain = np.empty_like(depth)
-    for k, (shape, texture) in enumerate(CLASSES):
-        rows = labels == k
-        depth[rows] = shape_depth(shape, ox[rows], oy[rows])
-        grain[rows] = texture_wave(texture, tu[rows], tv[rows])
-    mask = np.clip(0.5 + depth * r * (size / 2), 0, 1)
-    swap = u.between(-1, 1) > 0
-    grain = np.where(swap, 1 - grain, grain)
+def draw_clutter(image: Map, u: Draws, x: Map, y: Map) -> None:
+    """Put one small soft disc of any colour on half of the images, in place."""
+    dx, dy, radius = x - u.between(-1, 1), y - u.between(-1, 1), u.between(0.08, 0.22)
+    cover = np.clip((radius - np.sqrt(dx * dx + dy * dy)) * (x.size / 3) + 0.5, 0, 1) * u.coin()
+    image += cover[:, None] * (u.color(u.between(0.2, 0.8), 0.25) - image)
+
+
+def draw_object(image: Map, u: Draws, x: Map, y: Map, labels: npt.NDArray[np.int64]) -> None:
+    """Put the textured shape of each image's class on it, in place."""
+    dx, dy, radius = x - u.between(-0.25, 0.25), y - u.between(-0.25, 0.25), u.between(0.65, 0.9)
+    sx, sy = u.rotate(dx / radius, dy / radius, spread=0.2)
+    period = u.between(0.26, 0.34)
+    tx, ty = u.rotate(dx / period, dy / period)
+    phase_x, phase_y = u.between(0, 4), u.between(0, 4)
+    depth, grain = np.empty_like(sx), np.empty_like(sx)
+    for label, (shape, texture) in enumerate(CLASSES):
+        k = labels == label
+        shift = 0 if texture in CENTERED else 1
+        depth[k] = SHAPES[shape](sx[k], sy[k])
+        grain[k] = TEXTURES[texture](tx[k] + shift * phase_x[k], ty[k] + shift * phase_y[k])
+    grain = np.where(u.coin() > 0, 1 - grain, grain)
     light, dark = u.color(u.between(0.62, 0.85), 0.25), u.color(u.between(0.12, 0.38), 0.2)
-    image += mask[:, None] * (dark + (light - dark) * grain[:, None] - image)
+    cover = np.clip(0.5 + depth * radius * (x.size / 2), 0, 1)
+    image += cover[:, None] * (dark + (light - dark) * grain[:, None] - image)
 
-    # light
-    c, s = u.direction()
-    gain = u.between(0.75, 1.15) * (1 + u.between(-0.25, 0.25) * (c * x + s * y))
-    image *= gain[:, None]
-    noise = uniforms(seed, purpose + 1, start, count, 3 * size * size).reshape(image.shape)
-    levels = image * np.float32(255) + (noise.astype(np.float32) - np.float32(0.5)) * np.float32(5)
-    return np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
+
+def draw(key: tuple[int, ...], start: int, labels: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.uint8]:
+    """Draw the images of index `start` onwards, one per label (B,), as uint8 (B, 3, size, size)."""
+    u = Draws(uniforms((*key, 0), start, len(labels), COLUMNS))
+    axis = (2 * np.arange(size, dtype=np.float32) + 1) / np.float32(size) - 1
+    x, y = axis[None, None, :], axis[None, :, None]
+    image = background(u, x, y)
+    draw_clutter(image, u, x, y)
+    draw_clutter(image, u, x, y)
+    draw_object(image, u, x, y, labels)
+    lit, _ = u.rotate(x, y)
+    image *= (u.between(0.75, 1.15) * (1 + u.between(-0.25, 0.25) * lit))[:, None]
+    noise = uniforms((*key, 1), start, len(labels), image[0].size).reshape(image.shape).astype(np.float32) - 0.5
+    levels: Map = np.rint(np.clip(255 * image + NOISE_LEVELS * noise, 0, 255))
+    return levels.astype(np.uint8)
 
 
 class Synthetic:
     """Ten classes of textured shapes under varied colour, position, background and light.
 
     Args:
-        train_size: training images.
-        test_size: test images.
+        train_size: number of training images.
+        test_size: number of test images.
         image_size: height and width in pixels.
-        generator_seed: what every image is a function of, with its split and its index.
+        generator_seed: every image is a function of it, the split and the image's index.
     """
 
-    card = Card(title="Synthetic shapes", summary="Ten classes of textured shapes drawn from a seed; no file needed.")
+    card = Card(
+        title="Synthetic shapes",
+        summary="Ten classes of textured shapes under varied colour, position and light, drawn from a seed; no file.",
+    )
 
     def __init__(
         self,
@@ -167,14 +189,15 @@ class Synthetic:
         self.image_size = image_size
         self.generator_seed = generator_seed
 
-    def load(self, split: Literal["train", "test"], root: Path | None = None) -> ImageSet:
-        """Draw one split; `root` is not used. The first k images do not depend on how many are drawn."""
+    def load(self, split: Split, root: Path | None = None) -> ImageSet:
+        """Draw one split; `root` is not used. The first k images are the same however many are drawn."""
         size = self.sizes[split]
-        purpose = {"train": 0, "test": 10}[split]
-        blocks = uniforms(self.generator_seed, purpose + 2, 0, -(-size // 10), 10)
-        labels = np.argsort(blocks, axis=1, kind="stable").reshape(-1)[:size].astype(np.int64)
+        key = (self.generator_seed, int(split == "test"))
+        # Each block of ten consecutive images holds every class once, in an order of its own.
+        order = np.argsort(uniforms((*key, 2), 0, -(-size // len(CLASSES)), len(CLASSES)), axis=1, kind="stable")
+        labels = order.reshape(-1)[:size].astype(np.int64)
         images = np.empty((size, 3, self.image_size, self.image_size), np.uint8)
         for start in range(0, size, CHUNK):
             rows = slice(start, start + CHUNK)
-            images[rows] = draw_chunk(self.generator_seed, purpose, start, labels[rows], self.image_size)
-        return ImageSet(images, labels, tuple(f"{s}-{t}" for s, t in CLASSES), f"synthetic/{split}")
+            images[rows] = draw(key, start, labels[rows], self.image_size)
+        return ImageSet(images, labels, tuple(f"{shape}-{texture}" for shape, texture in CLASSES), "synthetic")

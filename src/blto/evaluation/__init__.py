@@ -5,6 +5,7 @@ Sees encoders, triggers and predictions, never an attack.
 
 from __future__ import annotations
 
+from blto.evaluation.backdoor import Evaluation, Follower, evaluate_backdoor
 from blto.evaluation.features import Features, evaluating, extract
 from blto.evaluation.geometry import alignment, similarity, uniformity
 from blto.evaluation.metrics import METRIC_NAMES, aggregate, backdoor_metrics, rate
@@ -22,7 +23,9 @@ from blto.evaluation.stealth import l2, linf, measure_stealth, psnr, ssim
 __all__ = [
     "METRIC_NAMES",
     "PROBES",
+    "Evaluation",
     "Features",
+    "Follower",
     "Interval",
     "KNNProbe",
     "LinearModel",
@@ -32,6 +35,7 @@ __all__ = [
     "aggregate",
     "alignment",
     "backdoor_metrics",
+    "evaluate_backdoor",
     "evaluating",
     "extract",
     "fit_probe",

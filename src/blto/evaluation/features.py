@@ -86,7 +86,7 @@ def extract(
             # Indexing with an array copies, which is what makes a read-only memory map safe to hand to torch.
             batch = torch.from_numpy(images[rows[start : start + batch_size]]).to(place)
             batches.append(encoder(batch.float().div_(255)).float().cpu())
-    vectors = torch.cat(batches).clone()  # a clone made outside inference mode is an ordinary tensor again
+    vectors = torch.cat(batches)  # outside inference mode, so an ordinary tensor that gradients may start from
     if vectors.ndim != 2:
         raise ConfigError(f"the encoder yields {tuple(vectors.shape)}; features are (N, D), so pool its output first.")
     known = None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64)[rows])

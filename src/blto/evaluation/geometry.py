@@ -89,9 +89,10 @@ def uniformity(features: Tensor, *, t: float = 2.0) -> float:
     unit = _unit(_matrix("features", features))
     n = len(unit)
     parts = []
-    for rows in torch.arange(n).split(max(1, _CHUNK // n)):
-        exponent = 2 * t * (unit[rows] @ unit.T - 1)  # -t ||u - v||^2 for unit vectors
-        exponent[torch.arange(len(rows)), rows] = -math.inf  # a row is no pair with itself
+    size = max(1, _CHUNK // n)
+    for start in range(0, n, size):
+        exponent = 2 * t * (unit[start : start + size] @ unit.T - 1)  # -t ||u - v||^2 for unit vectors
+        exponent.diagonal(offset=start).fill_(-math.inf)  # a row is no pair with itself
         parts.append(exponent.logsumexp(dim=(0, 1)))
     return float(torch.stack(parts).logsumexp(dim=0)) - math.log(n * (n - 1))
 

@@ -1,17 +1,19 @@
 """The definitions of attack success. No other module computes them. Torch-free: predictions in, `Metric`s out.
 
-With t the target class, T the trigger, f the probe on the encoder under test and c the same probe on the clean twin (same
-seeds and recipe, no poison), over test images x with true class y:
+With t the target class, T the trigger, f the probe on the encoder under test and c the same probe on the clean twin
+(same seeds and recipe, no poison), over test images x with true class y:
 
-| name               | what it is                          | over        |
-|--------------------|-------------------------------------|-------------|
-| `clean_accuracy`   | f(x) = y                            | all images  |
-| `backdoor_accuracy`| f(T(x)) = y                         | all images  |
-| `asr`              | f(T(x)) = t                         | y != t only |
-| `asr_all`          | f(T(x)) = t, as CTRL and BadEncoder count; a dead attack shows the target's share of the test set | all images |
-| `untriggered_rate` | f(x) = t: what the poison does without the trigger             | y != t only |
-| `asr_clean_twin`   | c(T(x)) = t: what the trigger does without the poison          | y != t only |
-| `lift`             | asr - max(untriggered_rate, asr_clean_twin): the headline      | y != t only |
+| name                | share of images with                                      | over        |
+|---------------------|-----------------------------------------------------------|-------------|
+| `clean_accuracy`    | f(x) = y                                                  | all images  |
+| `backdoor_accuracy` | f(T(x)) = y                                               | all images  |
+| `asr`               | f(T(x)) = t                                               | y != t only |
+| `asr_all`           | f(T(x)) = t, as CTRL and BadEncoder count                 | all images  |
+| `untriggered_rate`  | f(x) = t: what the poison does without the trigger        | y != t only |
+| `asr_clean_twin`    | c(T(x)) = t: what the trigger does without the poison     | y != t only |
+| `lift`              | asr - max(untriggered_rate, asr_clean_twin): the headline | y != t only |
+
+`asr_all` of a dead attack is about the target's share of the test set (0.1 on CIFAR-10): it is no headline.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ def aggregate(values: Sequence[float | None] | npt.NDArray[Any]) -> Metric:
     A single seed has no interval: low and high are None. The interval is that of a mean and may leave [0, 1].
 
     Raises:
-        ConfigError: no value, or one that is None, NaN or infinite: failed seeds are counted by the caller, not averaged.
+        ConfigError: no value, or one that is None, NaN or infinite: failed seeds are counted, not averaged.
     """
     numbers = finite_numbers(values, at_least=1)  # type: ignore[arg-type]  # None becomes NaN, which is refused
     low, high = student_t_interval(numbers) if len(numbers) > 1 else (None, None)

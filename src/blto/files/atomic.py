@@ -176,18 +176,19 @@ def make_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> list[str]:
-    """Remove what killed writers left in `directory`, and nothing else; returns the names.
+    """Remove what killed writers left in `directory`, and nothing else; returns the names. Raises ResourceExhausted.
 
     To be called by whoever holds the directory's lock: a temporary file of a live writer looks the same.
     """
     removed = []
-    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        if _LEFTOVER.fullmatch(entry.name):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)
-            removed.append(entry.name)
+    with disk_errors(directory):
+        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+            if _LEFTOVER.fullmatch(entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
+                removed.append(entry.name)
     return removed
 
 

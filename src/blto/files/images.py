@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 import warnings
 import zlib
@@ -22,6 +23,8 @@ Pixels = npt.NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _lock = threading.Lock()
+# Without a handler, what Pillow logs about a damaged file would reach stderr beside our one line.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = 64_000_000) -> Pixels:
@@ -39,7 +42,8 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = 64_000_000) -> Pix
         Array (H, W, 3).
 
     Raises:
-        InputRefused: IMAGE-REFUSED: another format, damaged, truncated, too large, or with floating-point pixels.
+        InputRefused: IMAGE-REFUSED: another format (compressed TIFF is one), damaged, truncated, too large, or with
+            32-bit pixels.
     """
     try:
         if data.startswith(_PNG_SIGNATURE):
@@ -48,6 +52,8 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = 64_000_000) -> Pix
             width, height = image.size
             if width * height > max_pixels:
                 raise _refusal(name, f"{width}x{height} is over the limit of {max_pixels / 1e6:g} million pixels")
+            if any(tile[0] == "libtiff" for tile in image.tile):  # its decoders print to stderr, past Python
+                raise _refusal(name, "compressed TIFF; save it as PNG")
             ImageOps.exif_transpose(image, in_place=True)
             pixels = np.array(_to_rgb(image))
     except (BltoError, MemoryError):
@@ -55,7 +61,9 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = 64_000_000) -> Pix
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _refusal(name, f"over the limit of {max_pixels / 1e6:g} million pixels") from error
     except Exception as error:  # decoders meet damage with a dozen kinds of exception
-        reason = "not " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else show(error, 100)
+        reason = (
+            "not " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else show(error, 100) or "damaged"
+        )
         raise _refusal(name, reason) from error
     return pixels
 

@@ -103,7 +103,7 @@ def _array(kind: str, shape: list[int], data: bytes) -> Array:
         return wide.view("<f4").reshape(shape)
     if kind not in _DTYPES:
         raise ValueError(f"tensors of type {kind} are not supported")
-    return np.frombuffer(data, _DTYPES[kind]).reshape(shape).copy()
+    return np.frombuffer(data, _DTYPES[kind]).reshape(shape)
 
 
 def _refusal(name: str, reason: str) -> InputRefused:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """
     node = _compose_file(path)
     return {} if node is None else _mapping(node, show(path), ())
+
+
+def dump_yaml(value: Mapping[str, Any]) -> str:
+    """Plain data as YAML text, keys in the order given; `load_yaml` reads it back."""
+    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
 
 
 def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:

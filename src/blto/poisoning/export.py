@@ -47,7 +47,7 @@ def write_poisoned(
     """
     if layout not in ("parquet", "png"):
         raise ConfigError(f'poison: layout is "{show(layout, 40)}"; give "parquet" or "png".')
-    if source is not None and out.is_relative_to(source.resolve()):
+    if source is not None and out.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{show(out)}: lies inside the source data {show(source)}; choose a folder outside of it.")
     if layout == "png":
         _refuse_twins(dataset.clean.class_names)

@@ -37,14 +37,14 @@ STEPS_BETWEEN_CHECKS = 50
 class Observer(Protocol):
     """Follows a training from outside. It is handed the encoder in eval mode and without gradients."""
 
-    def __call__(self, encoder: Encoder, step: int) -> Mapping[str, float]:
-        """Values of this moment, by name."""
+    def __call__(self, encoder: Encoder, epoch: int) -> Mapping[str, float]:
+        """Values after `epoch` epochs, by name."""
         ...
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What pretraining yields: the encoder (eval mode) and one row of observed values per epoch."""
+    """What pretraining yields: the encoder (eval mode), and a row of loss and observed values per observed epoch."""
 
     encoder: Encoder
     trajectory: list[dict[str, float]] = field(default_factory=list)
@@ -64,16 +64,21 @@ def batches(size: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray[
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-def observe(observers: Sequence[Observer], encoder: Encoder, step: int) -> dict[str, float]:
+def observed_epochs(epochs: int, observations: int) -> frozenset[int]:
+    """Evenly spaced epochs, the start (0) and the end among them, at most `observations` + 1."""
+    points = min(observations, epochs)
+    return frozenset(round(point * epochs / points) for point in range(points + 1)) if points else frozenset()
+
+
+def observe(observers: Sequence[Observer], encoder: Encoder, epoch: int) -> dict[str, float]:
     """Ask every observer; whatever it does, no random number is drawn and batch norm stays as it was."""
     values: dict[str, float] = {}
-    if observers:
-        was_training = encoder.training
-        encoder.eval()
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            for observer in observers:
-                values.update(observer(encoder, step))
-        encoder.train(was_training)
+    was_training = encoder.training
+    encoder.eval()
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        for observer in observers:
+            values.update(observer(encoder, epoch))
+    encoder.train(was_training)
     return values
 
 
@@ -86,6 +91,7 @@ def pretrain(
     folder: Path | None = None,
     resume: bool = False,
     observers: Sequence[Observer] = (),
+    observations: int = 20,
     checkpoint_seconds: float = 60.0,
     progress: Progress = SILENT,
     title: str = "pretrain",
@@ -99,7 +105,8 @@ def pretrain(
         device: "auto", "cpu" or "cuda".
         folder: where `checkpoint.safetensors` and `log.jsonl` go; None keeps nothing.
         resume: go on from the folder's checkpoint where there is one.
-        observers: called at the start and after each epoch; their values make the trajectory.
+        observers: called at the start, at the end and between; their values make the trajectory.
+        observations: how often after the start, at most; evenly spaced over the epochs.
         checkpoint_seconds: wall time between checkpoints; no result depends on it.
         progress, title: where progress goes, and under which name.
 
@@ -126,7 +133,8 @@ def pretrain(
         device=device,
         precision=spec.precision,
     )
-    run = _Run(images, spec, run_seed, trainer, folder, observers, checkpoint_seconds)
+    epochs = observed_epochs(spec.epochs, observations)
+    run = _Run(images, spec, run_seed, trainer, folder, observers, epochs, checkpoint_seconds)
     with seeded(run_seed), progress.bar(title, trainer.total_steps) as advance, stop_requests() as stop:
         if resume:
             run.restore()
@@ -157,10 +165,12 @@ class _Run:
         trainer: Trainer,
         folder: Path | None,
         observers: Sequence[Observer],
+        observed: frozenset[int],
         checkpoint_seconds: float,
     ) -> None:
         self.images, self.spec, self.seed, self.trainer = images, spec, seed, trainer
-        self.folder, self.observers, self.checkpoint_seconds = folder, observers, checkpoint_seconds
+        self.folder, self.observers, self.observed = folder, observers, observed
+        self.checkpoint_seconds = checkpoint_seconds
         self.views = Views(spec.views, images.image_size)
         self.trajectory: list[dict[str, float]] = []
         self.last_loss = float("nan")
@@ -195,10 +205,11 @@ class _Run:
         return [self.views.fast(self.images.images, rows, drawn).to(device) for drawn in parameters]
 
     def _observe(self, epoch: int) -> None:
-        values = observe(self.observers, self.trainer.method.encoder, self.trainer.step)
-        if values:
-            self.trajectory.append({"epoch": float(epoch), "loss": float(self._loss), **values})
-            self._log({"event": "observed", "epoch": epoch, **values})
+        if epoch in self.observed:
+            values = observe(self.observers, self.trainer.method.encoder, epoch)
+            loss = {"loss": float(self._loss)} if epoch else {}  # none has been computed at the start
+            self.trajectory.append({"epoch": float(epoch), **loss, **values})
+            self._log({"event": "observed", **self.trajectory[-1]})
 
     def check_and_log(self) -> None:
         """Read the flag and the loss; save where it is time."""

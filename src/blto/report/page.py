@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from blto.errors import ConfigError
@@ -46,6 +47,14 @@ FIGURES: dict[str, tuple[str, str]] = {
     "metric_bars": ("Attack success rate", "Each probe's rate with its interval; the diamond is the clean twin."),
 }
 
+STEALTH: dict[str, tuple[str, Callable[[float], str]]] = {
+    "linf": ("L-inf", lambda value: f"{255 * value:.1f} / 255"),
+    "psnr": ("PSNR", "{:.1f} dB".format),
+    "ssim": ("SSIM", "{:.3f}".format),
+    "l2": ("L2", "{:.2f}".format),
+    "changed": ("Images changed", wording.percent),
+}
+
 OPEN_RUNS = 3  # with more runs than this their details start folded
 
 
@@ -70,15 +79,7 @@ def render_report(records: Sequence[RunRecord], figures: Mapping[str, Mapping[st
     """The page as text, the same for the same records and figures. Raises as `build_report`."""
     if not records:
         raise ConfigError("no runs to report; run an experiment first, or name another store.")
-    environment = Environment(
-        loader=PackageLoader("blto", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(show=show, percent=wording.percent, interval=wording.interval, unbroken=_unbroken)
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         css=Markup(resources.files("blto.report").joinpath("report.css").read_text(encoding="utf-8")),
         meaning=wording.MEANING,
         headline=HEADLINE_PROBE,
@@ -89,6 +90,19 @@ def render_report(records: Sequence[RunRecord], figures: Mapping[str, Mapping[st
         definitions=wording.DEFINITIONS,
         open_runs=OPEN_RUNS,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("blto", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(show=show, percent=wording.percent, interval=wording.interval, unbroken=_unbroken)
+    return environment.get_template("report.html.j2")
 
 
 def _unbroken(sentence: str) -> str:
@@ -127,10 +141,9 @@ def _figures(run: int, figures: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _stealth(stealth: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Named and with units: a fraction of the range as steps of 255, PSNR in decibels."""
-    forms = {"linf": ("L-inf", "{:.1f} / 255", 255), "psnr": ("PSNR", "{:.1f} dB", 1), "ssim": ("SSIM", "{:.3f}", 1)}
-    known = [(label, form.format(stealth[key] * unit)) for key, (label, form, unit) in forms.items() if key in stealth]
-    return known + [(show(key, 60), f"{value:.4g}") for key, value in sorted(stealth.items()) if key not in forms]
+    """Named and with units: fractions of the range as steps of 255, PSNR in decibels, shares in percent."""
+    known = [(name, form(stealth[key])) for key, (name, form) in STEALTH.items() if key in stealth]
+    return known + [(show(key, 60), f"{value:.4g}") for key, value in sorted(stealth.items()) if key not in STEALTH]
 
 
 def _yaml(spec: Mapping[str, Any]) -> str:

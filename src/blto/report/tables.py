@@ -94,9 +94,9 @@ def markdown_table(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) ->
     header = ["Attack", "Data", "Victim", "Poison rate", "Seed", *METRICS.values(), "n", "Took"]
     lines = [header, ["---"] * 5 + ["---:"] * (len(METRICS) + 1) + ["---"]]
     for row in table_rows(records, probe):
+        names = [_escape_markdown(name) for name in (row.attack, row.data, row.method)]
         values = [with_interval(row.metrics.get(name)) for name in METRICS]
-        cells = [row.attack, row.data, row.method, percent(row.poison_rate, 2), row.seed, *values, row.n, row.took]
-        lines.append([_escape_markdown(cell) for cell in cells])
+        lines.append([*names, percent(row.poison_rate, 2), _escape_markdown(row.seed), *values, row.n, row.took])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return (
         f"{table}\n\nProbe: {_escape_markdown(show(probe, 40))}. In brackets: 95% intervals over the n test images.\n"
@@ -109,4 +109,4 @@ def _name(record: RunRecord, path: str) -> str:
 
 
 def _escape_markdown(text: str) -> str:
-    return re.sub(r"([\\`*<>|#&$~!]|(?<!\w)_|_(?!\w)|\[(?!-?\d))", r"\\\1", text)
+    return re.sub(r"([\\`*<>|#&$~!\[\]()]|(?<!\w)_|_(?!\w))", r"\\\1", text)

@@ -10,8 +10,8 @@ from blto.records import TOOK_LIFT, Metric, RunRecord
 MISSING = "\N{EN DASH}"
 
 MEANING = (
-    f"An attack took if poisoning adds at least {TOOK_LIFT * 100:.0f} points to the share of triggered images that land "
-    "in the target class, beyond what the trigger does to a clean encoder and the encoder does to clean images."
+    f"An attack took if poisoning adds at least {TOOK_LIFT * 100:.0f} points to the share of triggered images that "
+    "land in the target class, beyond what the trigger does to a clean encoder and the encoder does to clean images."
 )
 
 DEFINITIONS: dict[str, str] = {
@@ -39,6 +39,7 @@ DEFINITIONS: dict[str, str] = {
     "Uniformity": "Logarithm of the mean Gaussian potential between unit features of different images; lower is "
     "more spread out.",
     "L-inf": "Largest change of any pixel channel, over all triggered test images, of 255.",
+    "L2": "Euclidean norm of an image's change, pixels from 0 to 1; the mean over images.",
     "PSNR": "Peak signal-to-noise ratio of triggered against original images in decibels; higher is harder to see.",
     "SSIM": "Structural similarity of triggered and original images; 1 is identical.",
 }

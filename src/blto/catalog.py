@@ -1,15 +1,18 @@
-"""What `blto list` and `blto show` answer: every component, its card, and its options with type, range and default."""
+"""The components as data: every card, and every option with its type, range, default and meaning."""
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from blto.errors import ConfigError, nearest
+from blto.records import RunStore
 from blto.registry import Registry
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -26,12 +29,25 @@ def registries() -> dict[str, Registry[Any]]:
     return {registry.kind: registry for registry in (ATTACKS, METHODS, BACKBONES, GENERATORS, DATASETS)}
 
 
-def list_components(kind: str | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """The cards of all components: kind -> name -> card. Raises ConfigError for an unknown kind."""
+def list_all(kind: str | None = None, *, store: str | os.PathLike[str] = "runs") -> dict[str, dict[str, Any]]:
+    """All components and runs by kind and name: a component's card, a run's record.
+
+    Args:
+        kind: "attack", "method", "backbone", "generator", "dataset" or "run"; None is all.
+        store: folder of the runs.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
     known = registries()
-    if kind is not None and kind not in known:
-        raise ConfigError(f'unknown kind "{kind}"; {nearest(kind, known)}.')
-    return {each: registry.cards() for each, registry in known.items() if kind in (None, each)}
+    if kind not in (None, "run", *known):
+        raise ConfigError(f'unknown kind "{kind}"; {nearest(str(kind), [*known, "run"])}.')
+    found: dict[str, dict[str, Any]] = {
+        each: registry.cards() for each, registry in known.items() if kind in (None, each)
+    }
+    if kind in (None, "run"):
+        found["run"] = {record.run_id: record for record in RunStore(Path(store)).list()}
+    return found
 
 
 def show(name: str) -> dict[str, Any]:

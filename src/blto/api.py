@@ -1,0 +1,264 @@
+"""The commands as Python calls: the same names and the same arguments as on the command line.
+
+Every call that works on a configuration takes the path of a YAML file or the same as a mapping, `set` (assignments such
+as "attack.poison_rate=0.005"), `seed`, and the `Options`. Errors are `BltoError`s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from blto import experiment, poisoning
+from blto.attacks.base import poison_with
+from blto.data import load
+from blto.errors import ConfigError, Mismatch
+from blto.evaluation import evaluate_backdoor
+from blto.experiment import ENCODER, TRIGGER, Environment, ExperimentSpec
+from blto.files import atomic_write, read_bytes, safe_join, sha256_bytes, show
+from blto.files.yaml import apply_assignments, load_yaml, parse_assignment, with_position
+from blto.models import checkpoints
+from blto.models.encoder import Encoder
+from blto.poisoning import Trigger, VerifyReport, apply_to_uint8, write_poisoned
+from blto.poisoning.manifest import Layout
+from blto.records import Metric, RunRecord, RunStore
+from blto.report import build_report
+from blto.runtime.progress import Progress
+
+AnyPath = str | os.PathLike[str]
+Config = AnyPath | Mapping[str, Any]
+
+
+class Options(TypedDict, total=False):
+    """Where and how a call runs; apart from the device's arithmetic no result depends on it.
+
+    Attributes:
+        store: folder of the runs and of what they share; "runs" by default.
+        data_root: folder of the data sets; else the environment variable BLTO_DATA.
+        device: "auto", "cpu" or "cuda".
+        resume: go on from the last checkpoint of a stage that was interrupted.
+        quiet: no progress on standard error.
+    """
+
+    store: AnyPath
+    data_root: AnyPath | None
+    device: str
+    resume: bool
+    quiet: bool
+
+
+def run(config: Config, *, set: Sequence[str] = (), seed: int | None = None, **options: Unpack[Options]) -> RunRecord:
+    """Run one experiment to its record: craft, poison, pretrain victim and clean twin, evaluate.
+
+    A run that is already in the store is not run again.
+    """
+    return experiment.run(read_spec(config, set, seed), environment(**options))
+
+
+def craft(
+    config: Config,
+    out: AnyPath | None = None,
+    *,
+    set: Sequence[str] = (),
+    seed: int | None = None,
+    **options: Unpack[Options],
+) -> Path:
+    """Learn the trigger of a configuration; returns the file, which is `out` where that is given."""
+    spec, where = read_spec(config, set, seed), environment(**options)
+    stage = experiment.craft_stage(spec, experiment.load_data(spec, where), where)
+    return _delivered(stage.path / TRIGGER, out)
+
+
+def poison(
+    config: Config,
+    out: AnyPath,
+    *,
+    trigger: AnyPath | None = None,
+    layout: Layout = "parquet",
+    set: Sequence[str] = (),
+    seed: int | None = None,
+    **options: Unpack[Options],
+) -> Path:
+    """Write the poisoned training set of a configuration to the new folder `out`, with manifest and marker.
+
+    Args:
+        config, set, seed, options: as in `run`.
+        out: a new or empty folder outside of the source data.
+        trigger: an existing trigger file; else the configuration's own is crafted, or taken from the store.
+        layout: "parquet" or "png".
+    """
+    spec, where = read_spec(config, set, seed), environment(**options)
+    data = experiment.load_data(spec, where)
+    attack = experiment.build_attack(spec, data)
+    file = Path(trigger) if trigger is not None else experiment.craft_stage(spec, data, where).path / TRIGGER
+    pattern = poisoning.load_trigger(file)
+    dataset = poison_with(attack, pattern, data.train, seed=spec.seed)
+    source = spec.data.get("path")
+    write_poisoned(
+        dataset,
+        pattern,
+        seeds={"run": spec.seed},
+        out=Path(out),
+        layout=layout,
+        source=Path(source) if isinstance(source, str) else None,
+    )
+    return Path(out)
+
+
+def pretrain(
+    config: Config,
+    out: AnyPath | None = None,
+    *,
+    poisoned: bool = False,
+    set: Sequence[str] = (),
+    seed: int | None = None,
+    **options: Unpack[Options],
+) -> Path:
+    """Train an encoder on a configuration's data as they are; returns the file, which is `out` where that is given.
+
+    Args:
+        config, set, seed, options: as in `run`; `attack` may be missing and plays no part.
+        out: the encoder file to write.
+        poisoned: permit a set that is marked as poisoned.
+
+    Raises:
+        Mismatch: the data are marked as poisoned and `poisoned` is not set.
+    """
+    permit = ("data.poisoned=true",) if poisoned else ()  # the readers' own option
+    spec, where = read_spec(config, (*set, *permit), seed, attack={"name": "clean"}), environment(**options)
+    images = load(spec.data, data_root=where.data_root, split="train")
+    stage = experiment.pretrain_stage(spec, images.without_labels(), where)
+    return _delivered(stage.path / ENCODER, out)
+
+
+def evaluate(
+    config: Config,
+    *,
+    encoder: AnyPath,
+    clean_twin: AnyPath,
+    trigger: AnyPath,
+    set: Sequence[str] = (),
+    seed: int | None = None,
+    **options: Unpack[Options],
+) -> dict[str, dict[str, Metric]]:
+    """Measure an encoder beside its clean twin: probe -> metric -> value with interval and n.
+
+    Args:
+        config, set, seed, options: as in `run`; data, probes and the attack's target class are used.
+        encoder, clean_twin, trigger: safetensors files that blto wrote.
+    """
+    spec, where = read_spec(config, set, seed), environment(**options)
+    network, twin, pattern = load_encoder(encoder), load_encoder(clean_twin), load_trigger(trigger)
+    data = experiment.load_data(spec, where)
+    return evaluate_backdoor(
+        network,
+        twin,
+        train=data.train,
+        test=data.test,
+        triggered=apply_to_uint8(pattern, data.test.images),
+        target_class=experiment.build_attack(spec, data).target_class,
+        probes=spec.probes,
+    ).metrics
+
+
+def report(runs: Sequence[AnyPath] = (), *, out: AnyPath = "report.html", store: AnyPath = "runs") -> Path:
+    """Write one HTML page about some runs; returns it.
+
+    Args:
+        runs: run ids of the store, run folders or record files; none is every run of the store.
+        out: the page.
+        store: folder of the runs.
+
+    Raises:
+        ConfigError: there is no run.
+        Mismatch: a figure is not the one that the record vouches for.
+    """
+    known = RunStore(Path(store))
+    found = [(known.load(os.fspath(each)), _folder_of(each, known)) for each in runs]
+    if not runs:
+        found = [(record, known.folder(record.run_id)) for record in known.list()]
+    figures = {record.run_id: _figures(record, folder) for record, folder in found}
+    return build_report([record for record, _ in found], figures, Path(out))
+
+
+def verify(path: AnyPath) -> VerifyReport:
+    """Check a poisoned set against its manifest. Raises Mismatch with the first image that differs."""
+    return poisoning.verify(Path(path))
+
+
+def load_record(path: AnyPath) -> RunRecord:
+    """The record of a run, from its folder or its `record.json`."""
+    return RunStore(Path()).load(Path(path))
+
+
+def load_trigger(path: AnyPath) -> Trigger:
+    """A trigger from its file: a module, images (B, 3, H, W) in [0, 1] -> the same, triggered."""
+    return poisoning.load_trigger(Path(path))
+
+
+def load_encoder(path: AnyPath) -> Encoder:
+    """An encoder from its file: a module in eval mode, images (B, 3, H, W) in [0, 1] -> features (B, D)."""
+    return checkpoints.load_encoder(Path(path))
+
+
+def read_spec(config: Config, assignments: Sequence[str], seed: int | None, **absent: Any) -> ExperimentSpec:
+    """The validated spec of a configuration; an error names the file and line, or the `--set`, that caused it.
+
+    Args:
+        config: path of a YAML file, or its content.
+        assignments: "a.b=c", applied in order.
+        seed: overrules the configuration's, where given.
+        absent: keys to fill in where the configuration lacks them.
+    """
+    file = None if isinstance(config, Mapping) else Path(config)
+    given = dict(config) if isinstance(config, Mapping) else load_yaml(Path(config))
+    given = {**absent, **apply_assignments(given, assignments)}
+    if seed is not None:
+        given["seed"] = seed
+    try:
+        return ExperimentSpec.parse(given)
+    except ConfigError as error:
+        key = str(error).partition(": ")[0]
+        assigned = (".".join(parse_assignment(text)[0]) for text in assignments)
+        if any(f"{key}.".startswith(f"{name}.") for name in assigned):
+            raise ConfigError(f"--set {error}", code=error.code) from error
+        raise (with_position(error, file) if file else error) from error
+
+
+def environment(**options: Unpack[Options]) -> Environment:
+    """The options as the experiment takes them."""
+    data_root = options.get("data_root")
+    return Environment(
+        store=RunStore(Path(options.get("store", "runs"))),
+        data_root=None if data_root is None else Path(data_root),
+        device=options.get("device", "auto"),
+        resume=options.get("resume", False),
+        progress=Progress(quiet=options.get("quiet", False)),
+    )
+
+
+def _delivered(file: Path, out: AnyPath | None) -> Path:
+    """The stage's own file, or a copy of it where one was asked for."""
+    if out is None:
+        return file
+    atomic_write(Path(out), read_bytes(file))
+    return Path(out)
+
+
+def _folder_of(run: AnyPath, store: RunStore) -> Path:
+    path = store.root / run if (store.root / run).is_dir() else Path(run)
+    return path if path.is_dir() else path.parent
+
+
+def _figures(record: RunRecord, folder: Path) -> dict[str, str]:
+    """The run's figures as SVG text. Raises Mismatch where one was altered."""
+    figures = {}
+    for name, recorded in record.artefacts.items():
+        if name.startswith("figures/") and name.endswith(".svg"):
+            data = read_bytes(safe_join(folder, name))
+            if sha256_bytes(data) != recorded:
+                raise Mismatch(f"{show(folder / name)}: is not the figure that was recorded. Run the same spec again.")
+            figures[Path(name).stem] = data.decode(errors="replace")
+    return figures

@@ -1,0 +1,56 @@
+"""Encoders on disk: fp16 safetensors with the spec that rebuilds the network. No pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from blto.errors import BltoError, InputRefused
+from blto.files import show
+from blto.files.safetensors import read_safetensors, write_safetensors
+from blto.models.encoder import Encoder, build_encoder
+
+
+def save_encoder(path: Path, encoder: Encoder, backbone: Mapping[str, Any], image_size: int) -> None:
+    """Write an encoder's weights as fp16, with its backbone's spec.
+
+    Args:
+        path: the file.
+        encoder: what to save.
+        backbone: the entry of BACKBONES that it was built from.
+        image_size: side of the images it was built for.
+    """
+    arrays = {
+        name: (value.half() if value.is_floating_point() else value).detach().cpu().contiguous().numpy()
+        for name, value in encoder.state_dict().items()
+    }
+    write_safetensors(path, arrays, {"backbone": json.dumps(dict(backbone)), "image_size": str(image_size)})
+
+
+def load_encoder(path: Path) -> Encoder:
+    """Rebuild an encoder that `save_encoder` wrote; in eval mode, weights widened to fp32.
+
+    Raises:
+        InputRefused: CKPT-REFUSED, with the file and what is wrong with it.
+    """
+    arrays, metadata = read_safetensors(path)
+    try:
+        backbone, size = json.loads(metadata["backbone"]), int(metadata["image_size"])
+        encoder = build_encoder(backbone, seed=0, image_size=size)
+        encoder.load_state_dict({name: torch.from_numpy(_widened(value)) for name, value in arrays.items()})
+    except (KeyError, ValueError, TypeError, RuntimeError, BltoError) as error:
+        reason = show(str(error).split("\n", 1)[0], 120)
+        raise InputRefused(
+            f"{show(path)}: not an encoder that blto wrote ({reason}). Give an encoder.safetensors of a run.",
+            code="CKPT-REFUSED",
+        ) from error
+    return encoder.eval()
+
+
+def _widened(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return value.astype(np.float32) if value.dtype == np.float16 else value

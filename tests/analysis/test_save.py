@@ -1,0 +1,111 @@
+"""Saved figures: the CSV beside the SVG holds exactly what is drawn, and opens in a spreadsheet without harm."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from blto.analysis import record_figures, save_figure
+from blto.analysis.save import csv_text, safe_cell
+from blto.errors import ConfigError
+from blto.records import Metric, RunRecord
+
+ROWS: list[dict[str, Any]] = [
+    {"epoch": e, "trigger": 0.1 + e / 30, "clean": -0.1, "target": 0.7, "alignment": 1.0 - e / 40, "uniformity": -2.5}
+    for e in (0, 10, 20)
+]
+CRAFTING: list[dict[str, Any]] = [
+    {"round": r, "period": r // 20, "trigger": 0.2, "clean": 0.0, "target": 0.5} for r in (10, 20, 30, 40)
+]
+
+
+def record(**changes: Any) -> RunRecord:
+    metrics = {
+        "linear": {"asr": Metric(value=0.8, low=0.7, high=0.9, n=90), "asr_clean_twin": Metric(value=0.1, n=90)},
+        "knn": {"asr": Metric(value=None, n=0)},
+    }
+    fields: dict[str, Any] = {"run_id": "r", "spec": {}, "took": False, "metrics": metrics, "trajectory": ROWS}
+    return RunRecord(**{**fields, "trajectory_clean_twin": ROWS[:2], "crafting": CRAFTING, **changes})
+
+
+def read(path: Path) -> dict[str, list[str]]:
+    header, *rows = csv.reader(io.StringIO(path.read_text()))
+    return {name: [row[index] for row in rows] for index, name in enumerate(header)}
+
+
+def lines(figure: Figure, label: str) -> list[tuple[float, float]]:
+    found = [line for axes in figure.axes for line in axes.get_lines() if line.get_label() == label]
+    return [(float(x), float(y)) for line in found for x, y in np.asarray(line.get_xydata())]
+
+
+def test_the_csv_holds_the_plotted_points(tmp_path: Path) -> None:
+    figure, data = record_figures(record())["similarity_trajectory"]
+    svg, table = save_figure(figure, tmp_path / "deep" / "similarity.v2", data)
+    assert (svg.name, table.name) == ("similarity.v2.svg", "similarity.v2.csv")
+    assert svg.read_text().startswith("<?xml")
+    columns = read(table)
+    rows = list(zip(columns["encoder"], columns["epoch"], columns["trigger"], strict=True))
+    poisoned = [(float(x), float(y)) for encoder, x, y in rows if encoder == "poisoned"]
+    twin = [(float(x), float(y)) for encoder, x, y in rows if encoder == "clean twin"]
+    assert poisoned == lines(figure, "triggered, poisoned")
+    assert twin == lines(figure, "triggered, clean twin")
+    assert columns["target"] == ["0.7", "0.7", "0.7", "", ""]
+
+
+def test_all_figures_of_a_record_with_their_numbers() -> None:
+    figures = record_figures(record())
+    assert list(figures) == ["similarity_trajectory", "alignment_uniformity", "crafting_curve", "metric_bars"]
+    assert figures["alignment_uniformity"][1]["alignment"] == [1.0, 0.75, 0.5, 1.0, 0.75]
+    assert figures["crafting_curve"][1]["period"] == [0, 1, 1, 2]
+    starts = {x for x, _ in lines(figures["crafting_curve"][0], "surrogate starts anew")}
+    assert starts == {20.0}  # of the two restarts the first carries the label
+    bars = figures["metric_bars"][1]
+    assert bars == {
+        "probe": ["linear", "knn"],
+        "asr": [0.8, None],
+        "low": [0.7, None],
+        "high": [0.9, None],
+        "asr_clean_twin": [0.1, None],
+        "n": [90, 0],
+    }
+
+
+@pytest.mark.parametrize("trajectory", [[], [{"epoch": 1}], [*ROWS, {**ROWS[0], "clean": None, "alignment": None}]])
+def test_what_was_not_measured_is_not_drawn(trajectory: list[dict[str, Any]]) -> None:
+    assert record_figures(record(trajectory=trajectory, metrics={}, crafting=[])) == {}
+
+
+def test_a_record_without_a_twin_is_drawn_without_one() -> None:
+    figure, data = record_figures(record(trajectory_clean_twin=[]))["alignment_uniformity"]
+    assert data["encoder"] == ["poisoned"] * 3
+    assert not lines(figure, "clean twin")
+
+
+def test_floats_read_back_exactly_and_columns_are_equally_long() -> None:
+    text = csv_text({"x": np.array([0.1 + 0.2, 1 / 3]), "n": [1, None]})
+    assert text == "x,n\n0.30000000000000004,1\n0.3333333333333333,\n"
+    with pytest.raises(ConfigError, match="differ in length"):
+        csv_text({"x": [1], "y": []})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_no_cell_is_a_formula_and_no_cell_breaks_the_table(text: str) -> None:
+    rows = list(csv.reader(io.StringIO(csv_text({text: [text], f"{text} n": [-1.5]}))))
+    assert len(rows) == 2
+    assert rows[1][1] == "-1.5"
+    assert not rows[0][0].startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert rows[0][0] == rows[1][0] == safe_cell(text)
+
+
+@pytest.mark.parametrize("cell", ["=cmd|'/c calc'!A0", "+1", "-1", "@SUM(A1)"])
+def test_formulas_get_a_quote(cell: str) -> None:
+    assert safe_cell(cell) == f"'{cell}"

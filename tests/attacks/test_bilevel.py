@@ -1,0 +1,207 @@
+"""The bi-level loop: its objective against hand-made features, what each step touches, determinism and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blto.attacks import ATTACKS
+from blto.attacks.base import Surroundings, poison_with
+from blto.attacks.bilevel import BilevelOptimisation, similarities
+from blto.attacks.blto import BLTO
+from blto.attacks.untrained_generator import fresh_generator_trigger
+from blto.data.images import ImageSet
+from blto.errors import ConfigError, Interrupted
+from blto.poisoning import GeneratorTrigger
+from tests.factories import random_images, tiny_bilevel
+
+IMAGES = random_images(40)
+GENERATOR = {"name": "unet", "width": 4}
+
+
+def optimisation(frozen: bool = False, **changes: object) -> BilevelOptimisation:
+    trigger = fresh_generator_trigger(GENERATOR, 8 / 255, "residual", seed=0)
+    return BilevelOptimisation(
+        trigger, IMAGES, tiny_bilevel(**changes), target_class=1, poison_rate=0.1, seed=0, frozen=frozen
+    )
+
+
+def parameters(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [value.detach().clone() for value in module.state_dict().values()]
+
+
+def unchanged(module: torch.nn.Module, before: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), before, strict=True))
+
+
+def test_the_objective_on_features_made_by_hand() -> None:
+    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    references, clean = north.repeat(4, 1), east.repeat(4, 1)
+    halfway = torch.tensor([1.0, 1.0]).repeat(4, 1)
+    raw = similarities(halfway, references, clean, centred=False, centroid=True)
+    assert raw.triggered == pytest.approx(2**-0.5)
+    assert (raw.clean, raw.target) == (pytest.approx(0), pytest.approx(1))
+    pairwise = similarities(halfway, references, clean, centred=False, centroid=False)
+    assert pairwise.triggered == pytest.approx(2**-0.5)
+    shifted = [f + 100 * east for f in (halfway, references, clean)]
+    hidden = similarities(*shifted, centred=False, centroid=True)
+    assert hidden.clean > 0.99  # a shared direction hides everything from the raw cosine
+    seen = similarities(*shifted, centred=True, centroid=True)
+    assert seen.triggered == pytest.approx(2**-0.5, abs=1e-3) or seen.triggered > seen.clean
+
+
+def test_only_the_triggered_side_carries_a_gradient() -> None:
+    sides = [torch.rand(4, 3, requires_grad=True) for _ in range(3)]
+    similarities(*sides, centred=True, centroid=True).triggered.backward()  # type: ignore[no-untyped-call]
+    assert sides[0].grad is not None
+    assert sides[1].grad is None
+    assert sides[2].grad is None
+
+
+def test_an_inner_step_moves_the_surrogate_alone_and_refreshes_its_poisons() -> None:
+    run = optimisation()
+    trigger, surrogate = parameters(run.trigger), parameters(run.surrogate.method)
+    for _ in range(5):  # one epoch: every poison is met
+        run.inner_step()
+    assert unchanged(run.trigger, trigger)
+    assert not unchanged(run.surrogate.method, surrogate)
+    differs = (run.surrogate_images != IMAGES.images).any(axis=(1, 2, 3))
+    assert np.array_equal(differs, run.is_poisoned)
+    assert run.is_poisoned.sum() == 4
+    assert IMAGES.labels is not None
+    assert (IMAGES.labels[run.is_poisoned] == 1).all()
+    distance = np.abs(run.surrogate_images.astype(int) - IMAGES.images).max()
+    assert distance <= 8
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "batch"])
+@pytest.mark.parametrize("layer", ["features", "embeddings"])
+def test_an_outer_step_moves_the_trigger_alone(batch_norm: str, layer: str) -> None:
+    run = optimisation(batch_norm=batch_norm, feature_layer=layer)
+    trigger, surrogate = parameters(run.trigger), parameters(run.surrogate.method)
+    run.outer_step(0)
+    assert not unchanged(run.trigger, trigger)
+    assert unchanged(run.surrogate.method, surrogate), "weights or batch-norm statistics of the surrogate moved"
+    assert all(p.grad is None for p in run.surrogate.method.parameters())
+
+
+def test_the_surrogate_starts_anew_each_period_and_never_when_frozen() -> None:
+    run = optimisation()
+    seen = []
+    for _ in range(6):
+        run.one_round()
+        seen.append(id(run.surrogate))
+        assert run.surrogate.step == run.spec.warm_start_steps + (run.round - 1) % 3 + 1
+    assert len(set(seen)) == 2
+    frozen = optimisation(frozen=True)
+    frozen.one_round()
+    surrogate = parameters(frozen.surrogate.method)
+    assert frozen.surrogate.step == 4  # warm start and one period
+    for _ in range(5):
+        frozen.one_round()
+    assert unchanged(frozen.surrogate.method, surrogate)
+    assert not frozen.is_poisoned.any()
+
+
+def test_outer_steps_raise_the_similarity_on_a_frozen_surrogate() -> None:
+    """Positive control of the outer problem: with a large budget the trigger reaches the target."""
+    pixels = IMAGES.images.copy()
+    pixels[1::4, :, :, ::2] = 255  # the target class, 1, has stripes
+    striped = ImageSet(pixels, IMAGES.labels, IMAGES.class_names, "striped")
+    trigger = fresh_generator_trigger({"name": "unet", "width": 8}, 0.5, "residual", seed=0)
+    spec = tiny_bilevel(outer_lr=0.01, outer_batch_size=16, rounds=60)
+    run = BilevelOptimisation(trigger, striped, spec, target_class=1, poison_rate=0.1, seed=0, frozen=True)
+    found = [run.one_round() for _ in range(60)]
+    start, end = (float(sum(f.triggered for f in part)) / 10 for part in (found[:10], found[-10:]))
+    assert end > start + 0.3
+
+
+def test_the_same_seed_gives_the_same_trigger() -> None:
+    attack = BLTO(target_class=1, poison_rate=0.1, generator=GENERATOR, bilevel=tiny_bilevel())
+    first, second = (attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings()) for _ in range(2))
+    assert first.trigger.identity == second.trigger.identity
+    assert first.trajectory == second.trajectory
+    other = attack.train_trigger(IMAGES, seed=1, surroundings=Surroundings())
+    assert other.trigger.identity != first.trigger.identity
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 4])  # mid-period, last of a period, first of the next
+@pytest.mark.parametrize(
+    "generator", [GENERATOR, {"name": "resnet", "width": 4, "blocks": 1}]
+)  # the latter has dropout
+def test_crafting_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, generator: dict[str, object]
+) -> None:
+    attack = BLTO(target_class=1, poison_rate=0.1, generator=generator, bilevel=tiny_bilevel())
+    whole = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
+    original = BilevelOptimisation.one_round
+
+    def stopping(self: BilevelOptimisation) -> object:
+        if self.round == rounds - 1:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BilevelOptimisation, "one_round", stopping)
+        with pytest.raises(Interrupted, match=f"stopped at round {rounds} of 6") as caught:
+            attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path))
+    assert caught.value.exit_code == 143
+    resumed = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path, resume=True))
+    assert resumed.trigger.identity == whole.trigger.identity
+    assert resumed.trajectory == whole.trajectory
+
+
+@pytest.mark.parametrize("name", ATTACKS.names())
+def test_every_attack_keeps_its_budget_after_rounding(name: str) -> None:
+    options: dict[str, object] = {"name": name, "target_class": 1}
+    if name != "clean":
+        options["poison_rate"] = 0.1
+    if name in {"blto", "universal_delta", "frozen_surrogate"}:
+        options["bilevel"] = tiny_bilevel().model_dump(mode="json")
+    if name in {"blto", "untrained_generator", "frozen_surrogate"}:
+        options["generator"] = GENERATOR
+    attack = ATTACKS.build(options)
+    trained = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
+    poisoned = poison_with(attack, trained.trigger, IMAGES, seed=0)
+    assert poisoned.n_poisoned == (0 if name == "clean" else 4)
+    changed = (poisoned.poisoned.images != IMAGES.images).any(axis=(1, 2, 3))
+    assert IMAGES.labels is not None
+    assert (IMAGES.labels[changed] == 1).all()
+    assert poisoned.epsilon_reached <= 8 / 255 + 1e-9
+    if name != "clean":
+        assert changed.sum() == 4
+        assert poisoned.epsilon_reached > 3 / 255
+
+
+def test_a_generator_trigger_in_the_published_parametrisation() -> None:
+    trigger = fresh_generator_trigger(GENERATOR, 8 / 255, "image", seed=0)
+    assert isinstance(trigger, GeneratorTrigger)
+    images = torch.rand(2, 3, 16, 16)
+    expected = ((trigger.generator(images) + 1) / 2).clamp(images - 8 / 255, images + 8 / 255).clamp(0, 1)
+    torch.testing.assert_close(trigger(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": 0}, "epsilon"),
+        ({"epsilon": 1.5}, "epsilon"),
+        ({"poison_rate": 1.01}, "poison_rate"),
+        ({"epsilom": 0.1}, "did you mean"),
+        ({"bilevel": {"rounds": 0}}, "bilevel.rounds"),
+        ({"generator": "unett"}, "did you mean"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ATTACKS.resolve({"name": "blto", "target_class": 0, **options})
+
+
+def test_epsilon_may_be_a_fraction() -> None:
+    assert ATTACKS.resolve({"name": "blto", "target_class": 0, "epsilon": "16/255"})["epsilon"] == 16 / 255

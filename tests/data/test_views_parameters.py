@@ -1,0 +1,146 @@
+"""View parameters: distributed as torchvision's, and a function of (seed, epoch, sample, view) alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+
+from blto.data.views import RECIPES, ViewRecipe, Views, draw, resolve_recipe
+from blto.errors import ConfigError
+
+Array = np.ndarray[Any, Any]
+SIZE = 32
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0)])
+def test_crops_are_distributed_as_torchvisions(scale: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    image, ratio = torch.empty(3, 96, 128), (3 / 4, 4 / 3)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(3000)])
+    recipe = ViewRecipe(crop_scale=scale)
+    ours = draw(recipe, seed=0, epoch=0, samples=np.arange(3000), view=0, image_size=(96, 128)).box
+    for measure in (area, aspect, lambda box: box[:, 0], lambda box: box[:, 1]):
+        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 0.001
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= [96, 128]).all()
+
+
+def area(box: Array) -> Array:
+    return box[:, 2] * box[:, 3]
+
+
+def aspect(box: Array) -> Array:
+    return box[:, 3] / box[:, 2]
+
+
+@pytest.mark.parametrize("image_size", [(10, 100), (100, 10)])
+def test_a_crop_that_never_fits_is_the_central_one(image_size: tuple[int, int]) -> None:
+    recipe = ViewRecipe(crop_scale=(0.9, 1.0))
+    ours = draw(recipe, seed=0, epoch=0, samples=np.arange(20), view=0, image_size=image_size).box
+    theirs = RandomResizedCrop.get_params(torch.empty(3, *image_size), [0.9, 1.0], [3 / 4, 4 / 3])
+    assert (ours == theirs).all()
+
+
+def test_jitter_is_distributed_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    jitter = ColorJitter(0.8, 0.8, 0.8, 0.2)
+    ranges = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    theirs = np.array([ColorJitter.get_params(*ranges)[1:] for _ in range(3000)])
+    recipe = resolve_recipe({"name": "simclr", "jitter_probability": 1.0})
+    params = draw(recipe, seed=0, epoch=0, samples=np.arange(3000), view=0, image_size=(SIZE, SIZE))
+    for op in range(4):
+        assert stats.ks_2samp(params.factors[:, op], theirs[:, op]).pvalue > 0.001
+    counts = [(params.order == order).all(axis=1).sum() for order in itertools.permutations(range(4))]
+    assert sum(counts) == 3000
+    assert stats.chisquare(counts).pvalue > 0.001
+    assert np.abs(np.corrcoef(params.factors.T) - np.eye(4)).max() < 0.08
+
+
+@pytest.mark.parametrize("view", [0, 1, 2])
+def test_each_step_happens_as_often_as_the_recipe_says(view: int) -> None:
+    count = 4000
+    params = draw(RECIPES["byol"], seed=0, epoch=0, samples=np.arange(count), view=view, image_size=(SIZE, SIZE))
+    happened = {
+        0.5: params.flip,
+        0.8: (params.factors != np.array([1, 1, 1, 0], np.float32)).any(axis=1),
+        0.2: params.gray,
+        (1.0, 0.1, 0.1)[view]: params.blur_sigma > 0,
+    }
+    for chance, events in happened.items():
+        assert abs(events.mean() - chance) <= 4 * np.sqrt(chance * (1 - chance) / count)
+    jittered = (params.factors[:, 3] != 0).astype(float)
+    steps = np.stack([params.flip, jittered, params.gray, params.solarize_threshold <= 1, params.blur_sigma > 0])
+    varying = steps[steps.std(axis=1) > 0]
+    assert np.abs(np.corrcoef(varying) - np.eye(len(varying))).max() < 0.08  # each step is drawn on its own
+    solarized = (params.solarize_threshold <= 1).mean()
+    assert solarized == 0 if view == 0 else abs(solarized - 0.2) < 0.03
+    blurred = params.blur_sigma[params.blur_sigma > 0]
+    assert stats.kstest(blurred, stats.uniform(0.1, 1.9).cdf).pvalue > 0.001
+
+
+def test_parameters_do_not_depend_on_the_batch() -> None:
+    views = Views(RECIPES["byol"], SIZE)
+    whole = views.draw(seed=7, epoch=3, samples=np.arange(100), view=1)
+    picked = np.array([41, 3, 99, 3])
+    part = views.draw(seed=7, epoch=3, samples=picked, view=1)
+    assert all(np.array_equal(a[picked], b) for a, b in zip(whole.arrays, part.arrays, strict=True))
+
+
+def test_parameters_differ_between_seeds_epochs_views_and_samples() -> None:
+    views = Views(RECIPES["mocov2"], SIZE)
+    keys = itertools.product((0, 1, 2**63 - 1), (0, 1), (0, 1), (0, 1000))
+    drawn = [views.draw(seed=s, epoch=e, view=v, samples=np.arange(50) + first) for s, e, v, first in keys]
+    for first, second in itertools.combinations(drawn, 2):
+        assert np.abs(np.corrcoef(first.factors[:, 0], second.factors[:, 0])[0, 1]) < 0.6
+        assert (first.box == second.box).all(axis=1).mean() < 0.2
+        assert not np.array_equal(first.flip, second.flip)
+
+
+def test_changing_one_probability_leaves_the_other_draws_alone() -> None:
+    key: dict[str, Any] = {"seed": 0, "epoch": 0, "samples": np.arange(50), "view": 0, "image_size": (SIZE, SIZE)}
+    before = draw(RECIPES["mocov2"], **key)
+    after = draw(resolve_recipe({"name": "mocov2", "flip": 0.0, "blur_probability": 0.0}), **key)
+    assert not after.flip.any()
+    assert not after.blur_sigma.any()
+    for name in ("box", "order", "factors", "gray"):
+        assert np.array_equal(getattr(before, name), getattr(after, name))
+
+
+def test_first_parameters_are_frozen() -> None:
+    params = Views(RECIPES["byol"], SIZE).draw(seed=0, epoch=1, samples=np.arange(64), view=1)
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in params.arrays)).hexdigest()
+    assert digest[:16] == "fa6c4cb964ad18f1", "a change here changes every published run"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("simclrr", 'did you mean "simclr"'),
+        ({"flip": 0.5}, "unknown view recipe"),
+        ({"name": ["simclr"]}, "unknown view recipe"),
+        ({"name": "simclr", "flips": 0.5}, 'did you mean "flip"'),
+        ({"name": "simclr", "flip": 1.5}, "views.flip"),
+        ({"name": "simclr", "hue": 0.6}, "views.hue"),
+        ({"name": "simclr", "crop_scale": (0.5, 0.2)}, "low <= high"),
+        ({"name": "simclr", "crop_scale": (0.5, 1.2)}, "crop_scale"),
+        ({"name": "simclr", "blur_sigma": (0.0, 1.0)}, "blur_sigma"),
+        ({"name": "byol", "blur_probability": (1.0, 2.0)}, "views.blur_probability.1"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_of_advice(spec: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_recipe(spec)
+
+
+def test_recipes_resolve_by_name_and_with_overrides() -> None:
+    assert resolve_recipe("byol") == RECIPES["byol"]
+    changed = resolve_recipe({"name": "byol", "blur_probability": 0.3})
+    assert changed == RECIPES["byol"].model_copy(update={"blur_probability": (0.3, 0.3)})
+    assert resolve_recipe({"name": "simclr", **changed.model_dump(mode="json")}) == changed

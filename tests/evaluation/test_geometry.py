@@ -1,0 +1,124 @@
+"""Geometry against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.special import gamma, iv
+from torch import Tensor
+
+from blto.errors import ConfigError, Diverged
+from blto.evaluation import geometry
+from blto.evaluation.geometry import alignment, similarity, uniformity
+
+
+def normal(n: int, dim: int, *, seed: int, mean: float = 0.0) -> Tensor:
+    return mean + torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
+
+
+E1, E2, E3 = torch.eye(3)
+
+
+def sets(triggered: Tensor) -> dict[str, Tensor]:
+    """Clean images point to e1, target images to e2 (with e3 of either sign), of various lengths."""
+    target = torch.stack([E2 + 0.5 * E3, 2 * E2 - E3])
+    return {
+        "triggered": triggered,
+        "clean": torch.stack([E1, 3 * E1]),
+        "target": target,
+        "references": torch.stack([5 * E2, E2]),
+    }
+
+
+def test_similarity_equals_the_hand_computed_case() -> None:
+    # The centroid is e2; cos(target, e2) = 1 / sqrt(1.25), cos(clean, e2) = 0, cos(e1 + e2, e2) = 1 / sqrt(2).
+    found = similarity(**sets(torch.stack([E1 + E2, 4 * E1 + 4 * E2])))
+    assert found["raw"] == pytest.approx(math.sqrt(0.5))
+    assert found["normalised"] == pytest.approx(math.sqrt(0.5) * math.sqrt(1.25))
+    # Centred on 2 e1: references (-2, 5) and (-2, 1), triggered (-1, 1) and (2, 4).
+    centroid = (torch.tensor([-2.0, 5]) / math.sqrt(29) + torch.tensor([-2.0, 1]) / math.sqrt(5)) / 2
+    centroid = centroid / centroid.norm()
+    cosines = [torch.tensor([-1.0, 1]) @ centroid / math.sqrt(2), torch.tensor([2.0, 4]) @ centroid / math.sqrt(20)]
+    assert found["centred"] == pytest.approx(float(sum(cosines)) / 2)
+
+
+def test_normalised_is_one_for_the_target_and_zero_for_no_effect() -> None:
+    clean, target, references = (normal(40, 16, seed=s, mean=m) for s, m in ((0, 0.2), (1, 1.0), (2, 1.0)))
+    common = {"clean": clean, "target": target, "references": references}
+    assert similarity(triggered=target, **common)["normalised"] == 1
+    assert similarity(triggered=clean, **common)["normalised"] == 0
+    assert 0 < similarity(triggered=(clean + target) / 2, **common)["normalised"] < 1
+
+
+def test_centring_removes_the_direction_that_all_images_share() -> None:
+    # Everything lies in a narrow cone, as features after a ReLU do: raw cosines near 1 for any image at all.
+    cone = 10.0
+    clean, other, target, references = (normal(400, 16, seed=s) + cone for s in range(4))
+    target, references = target + 2 * torch.eye(16)[0], references + 2 * torch.eye(16)[0]
+    unaffected = similarity(triggered=other, clean=clean, target=target, references=references)
+    assert unaffected["raw"] > 0.97
+    assert abs(unaffected["centred"]) < 0.06
+    moved = similarity(triggered=other + 2 * torch.eye(16)[0], clean=clean, target=target, references=references)
+    assert moved["centred"] > 0.35
+
+
+def test_normalised_is_missing_where_the_scale_means_nothing() -> None:
+    same = torch.ones(4, 3)
+    assert set(similarity(triggered=same, clean=same, target=same, references=same)) == {"raw", "centred"}
+    assert "normalised" not in similarity(**{**sets(E1[None]), "target": -E2[None]})
+
+
+def test_similarity_refuses_what_is_no_set_of_features() -> None:
+    for wrong in (torch.ones(0, 3), torch.ones(3), torch.ones(2, 4)):
+        with pytest.raises(ConfigError):
+            similarity(**sets(wrong))
+    with pytest.raises(Diverged):
+        similarity(**sets(torch.full((2, 3), torch.nan)))
+
+
+def test_identical_features_are_aligned_and_not_uniform() -> None:
+    same = normal(1, 12, seed=0).expand(50, -1)
+    assert alignment(same, 3 * same) == pytest.approx(0, abs=1e-12)
+    assert uniformity(same) == pytest.approx(0, abs=1e-12)
+
+
+def test_alignment_equals_closed_forms() -> None:
+    features = normal(64, 8, seed=1)
+    assert alignment(features, -features) == pytest.approx(4)
+    assert alignment(E1[None], E2[None]) == pytest.approx(2)
+    # Independent directions: E ||u - v||^2 = 2 - 2 E u.v = 2.
+    assert alignment(normal(20_000, 8, seed=2), normal(20_000, 8, seed=3)) == pytest.approx(2, abs=0.02)
+
+
+def test_uniformity_equals_hand_computed_case() -> None:
+    # Squared distances 2, 2, 4: e1 to e2, e2 to -e1, e1 to -e1.
+    expected = math.log((2 * math.exp(-4) + math.exp(-8)) / 3)
+    assert uniformity(torch.stack([E1, E2, -E1])) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("dim", "t"), [(3, 2.0), (32, 2.0), (8, 3.0)])
+def test_uniformity_of_isotropic_directions_equals_the_bessel_form(dim: int, t: float) -> None:
+    # E exp(-t ||u - v||^2) = e^(-2t) E exp(2t u.v), and E exp(k u.v) = gamma(d/2) (2/k)^(d/2-1) I_(d/2-1)(k).
+    order = dim / 2 - 1
+    expected = -2 * t + math.log(gamma(dim / 2) * (2 / (2 * t)) ** order * iv(order, 2 * t))
+    assert uniformity(normal(3000, dim, seed=4), t=t) == pytest.approx(expected, abs=0.02)
+
+
+def test_uniformity_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = normal(57, 6, seed=5)
+    whole = uniformity(features)
+    monkeypatch.setattr(geometry, "_CHUNK", 57 * 10)
+    assert uniformity(features) == pytest.approx(whole, abs=1e-12)
+
+
+def test_pairs_are_required() -> None:
+    with pytest.raises(ConfigError):
+        alignment(torch.ones(3, 2), torch.ones(4, 2))
+    with pytest.raises(ConfigError):
+        uniformity(torch.ones(1, 2))
+    with pytest.raises(ConfigError):
+        uniformity(torch.ones(2, 2), t=0)
+    with pytest.raises(Diverged):
+        uniformity(torch.full((2, 2), torch.inf))

@@ -1,0 +1,163 @@
+"""The loop: no labels, determinism, exact resume at every kind of position, observers that leave no trace, NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blto.errors import ConfigError, Diverged, Interrupted, Mismatch
+from blto.files import read_jsonl
+from blto.models.encoder import Encoder
+from blto.pretraining import METHODS, loop
+from blto.pretraining.loop import Pretrained, batches, observed_epochs, pretrain
+from blto.pretraining.trainer import Trainer, learning_rate_factor
+from tests.factories import random_images, tiny_recipe
+
+IMAGES = random_images(36).without_labels()  # 4 batches of 8 an epoch, 4 images left out
+
+
+def weights(result: Pretrained) -> list[torch.Tensor]:
+    return list(result.encoder.state_dict().values())
+
+
+def assert_equal(first: Pretrained, second: Pretrained) -> None:
+    for one, other in zip(weights(first), weights(second), strict=True):
+        assert torch.equal(one, other)
+    assert first.trajectory == second.trajectory
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the next training be told to stop once it has done `steps` steps."""
+    original, done = Trainer.train_step, 0
+
+    def counting(self: Trainer, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        nonlocal done
+        done += 1
+        if done == steps:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, views)
+
+    monkeypatch.setattr(Trainer, "train_step", counting)
+
+
+def test_a_labeled_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="no labels"):
+        pretrain(random_images(), tiny_recipe(), seed=0)
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size is 64, but there are 36"):
+        pretrain(IMAGES, tiny_recipe(batch_size=64), seed=0)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(method: str) -> None:
+    recipe = tiny_recipe(method)
+    first = pretrain(IMAGES, recipe, seed=3)
+    torch.rand(5)  # the global generator is none of the loop's business
+    assert_equal(first, pretrain(IMAGES, recipe, seed=3))
+    other = pretrain(IMAGES, recipe, seed=4)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(first), weights(other), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8])  # first, mid-epoch, last of an epoch, first of the next, very last
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, optimizer: str
+) -> None:
+    recipe = tiny_recipe("byol", optimizer={"name": optimizer, "lr": 0.01})
+    whole = pretrain(IMAGES, recipe, seed=0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(Interrupted, match=f"stopped at step {steps} of 8"):
+            pretrain(IMAGES, recipe, seed=0, folder=tmp_path)
+    resumed = pretrain(IMAGES, recipe, seed=0, folder=tmp_path, resume=True)
+    assert_equal(whole, resumed)
+    events = [line["event"] for line in read_jsonl(tmp_path / "log.jsonl")]
+    assert "resumed" in events
+
+
+def test_resume_refuses_another_recipe_seed_or_dataset(tmp_path: Path) -> None:
+    pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path)
+    for images, recipe, seed in (
+        (IMAGES, tiny_recipe(epochs=3), 0),
+        (IMAGES, tiny_recipe(), 1),
+        (random_images(36, seed=1).without_labels(), tiny_recipe(), 0),
+    ):
+        with pytest.raises(Mismatch, match="another recipe, seed or dataset"):
+            pretrain(images, recipe, seed=seed, folder=tmp_path, resume=True)
+
+
+def test_observers_leave_no_trace() -> None:
+    class Meddler:
+        def __init__(self) -> None:
+            self.epochs: list[int] = []
+
+        def __call__(self, encoder: Encoder, epoch: int) -> Mapping[str, float]:
+            assert not encoder.training
+            encoder(torch.rand(4, 3, 16, 16))  # draws, and would move batch norm in training mode
+            self.epochs.append(epoch)
+            return {"seen": float(epoch)}
+
+    meddler = Meddler()
+    observed = pretrain(IMAGES, tiny_recipe(), seed=0, observers=[meddler])
+    alone = pretrain(IMAGES, tiny_recipe(), seed=0)
+    assert meddler.epochs == [0, 1, 2]
+    assert [row["seen"] for row in observed.trajectory] == [0.0, 1.0, 2.0]
+    for one, other in zip(weights(observed), weights(alone), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nan_is_named_by_its_first_step_and_the_last_good_checkpoint_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", 2)
+    original = Trainer.train_step
+
+    def poisoned(self: Trainer, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.step == 4:
+            views = [view * float("nan") for view in views]
+        return original(self, views)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    with pytest.raises(Diverged, match="NaN or Inf at step 4 of 8; the last good checkpoint is kept") as caught:
+        pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path, checkpoint_seconds=0)
+    assert caught.value.exit_code == 7
+    monkeypatch.setattr(Trainer, "train_step", original)
+    resumed = pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path, resume=True)
+    assert_equal(resumed, pretrain(IMAGES, tiny_recipe(), seed=0))
+
+
+def test_an_epoch_visits_every_image_once_in_an_order_of_its_own() -> None:
+    first, second = (batches(40, 8, seed=0, epoch=epoch) for epoch in (0, 1))
+    assert sorted(first.ravel()) == list(range(40))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, batches(40, 8, seed=0, epoch=0))
+    assert batches(43, 8, seed=0, epoch=0).shape == (5, 8)
+
+
+def test_the_schedule_warms_up_and_ends_at_zero() -> None:
+    factors = [learning_rate_factor(step, total_steps=20, warmup_steps=5) for step in range(21)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5] == 1.0
+    assert factors[12] > factors[13]
+    assert factors[20] == pytest.approx(0.0)
+
+
+def test_observed_epochs_hold_start_and_end() -> None:
+    assert observed_epochs(5, 20) == {0, 1, 2, 3, 4, 5}
+    assert {0, 200} <= observed_epochs(200, 20)
+    assert len(observed_epochs(200, 20)) == 21
+    assert observed_epochs(5, 0) == frozenset()
+
+
+def test_bf16_and_fp32_agree_on_the_first_loss() -> None:
+    rows = {p: pretrain(IMAGES, tiny_recipe(epochs=1, precision=p), seed=0).trajectory[-1] for p in ("fp32", "bf16")}
+    assert rows["bf16"]["loss"] == pytest.approx(rows["fp32"]["loss"], abs=0.1)

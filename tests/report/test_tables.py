@@ -1,0 +1,99 @@
+"""Tables: values with their intervals, the clean twin beside the ASR, and no text that acts as markup."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from blto.records import Metric, RunRecord
+from blto.report import markdown_table, results_table
+from blto.report.tables import probes, table_rows
+from blto.report.wording import interval, lookup, percent, points, with_interval
+
+MakeRecord = Callable[..., RunRecord]
+
+
+def printed(records: list[RunRecord], probe: str = "linear", width: int = 80) -> str:
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None).print(results_table(records, probe))
+    return buffer.getvalue()
+
+
+def test_numbers_in_words() -> None:
+    metric = Metric(value=0.9312, low=0.924, high=0.937, n=9000)
+    assert with_interval(metric) == "93.1% [92.4, 93.7]"
+    assert with_interval(Metric(value=0.5, n=2)) == "50.0%"
+    assert with_interval(Metric(value=None, n=0)) == with_interval(None) == percent(None) == "\u2013"
+    assert (points(0.85), points(-0.012), points(None)) == ("+85.0 points", "-1.2 points", "\u2013")
+    assert interval(Metric(value=0, low=-0.011, high=0.02, n=3)) == "[-1.1, 2.0]"
+    assert percent(0.0005, 2) == "0.05%"
+    assert lookup({"a": {"b": 1}}, "a.b") == 1
+    assert lookup({"a": 3}, "a.b") is None
+
+
+def test_the_terminal_table_fits_eighty_columns_and_tells_everything(make_record: MakeRecord) -> None:
+    spec = {
+        "attack": {"name": "untrained_generator", "poison_rate": 0.005},
+        "data": {"name": "cifar10"},
+        "pretrain": {"method": {"name": "simclr"}},
+        "seed": 7,
+    }
+    lines = printed([make_record(spec=spec), make_record(lift=-0.05)]).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "\u2026" not in text
+    first = text[text.index("untrained_generator") :].splitlines()[:3]
+    assert first[0].split() == ["untrained_generator", "85.0%", "91.0%", "6.0%", "2.1%", "87.4%"]
+    assert first[1].split()[2:4] == ["[84.0,86.0]", "[90.0,92.0]"]
+    assert first[2].startswith("0.50% poison, seed 7")
+    assert "took" in first[2]
+    assert "n 10,000" in first[2]
+    assert "not taken" in text
+
+
+def test_only_the_headline_probe_says_took(make_record: MakeRecord) -> None:
+    assert "took" not in printed([make_record()], "knn")
+    assert probes([make_record(), make_record(metrics={"z": {}, "a": {}}, took=False)]) == ["linear", "a", "knn", "z"]
+    missing = table_rows([make_record()], "attentive")[0]
+    assert (missing.metrics, missing.n) == ({}, "\u2013")
+
+
+def test_the_markdown_table(make_record: MakeRecord) -> None:
+    table = markdown_table([make_record(), make_record(lift=None), make_record(spec={"attack": {"name": "clean"}})])
+    lines = table.splitlines()
+    assert lines[0].startswith("| Attack | Data | Victim | Poison rate | Seed | Lift | ASR | ASR, clean twin |")
+    assert lines[2] == (
+        "| blto | cat | simclr | 1.00% | 3 | 85.0% [84.0, 86.0] | 91.0% [90.0, 92.0] | 6.0% [5.0, 7.0] "
+        "| 2.1% [1.1, 3.1] | 87.4% [86.4, 88.4] | 9,000 | yes |"
+    )
+    assert "| \u2013 | \u2013 | 6.0%" in lines[3]
+    assert lines[4].startswith("| clean | \u2013 | \u2013 | \u2013 | \u2013 |")
+    assert lines[-1] == "Probe: linear. In brackets: 95% intervals over the n test images."
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.one_of(st.text(), st.sampled_from(["a|b", "[bold]x[/bold]", "[/]", "`", "<b>", "\\|", "![x](http://y)"]))
+)
+def test_text_never_becomes_markup_or_another_cell(make_record: MakeRecord, text: str) -> None:
+    plain, found = markdown_table([make_record()]), markdown_table([make_record(text=text)])
+    bare = re.sub(r"\\.", "", found)
+    assert bare.count("|") == plain.count("|")
+    assert found.count("\n") == plain.count("\n")
+    assert not set(bare) & set("<>`*()#!&")
+    printed([make_record(text=text)], width=200)
+
+
+def test_brackets_are_shown_in_the_terminal(make_record: MakeRecord) -> None:
+    assert "[bold]x[/bold], simclr" in printed([make_record(text="[bold]x[/bold]")], width=200)
+
+
+@pytest.mark.parametrize("name", ["noisy_alignment", "poisoned_encoder"])
+def test_underscores_inside_names_stay_readable_in_markdown(make_record: MakeRecord, name: str) -> None:
+    assert f"| {name} |" in markdown_table([make_record(spec={"attack": {"name": name}})])
