@@ -13,7 +13,7 @@ PROBE = f"import sys; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
 
 def loaded_by(code: str) -> str:
     """The heavy packages that are in memory after `code` ran in a fresh interpreter."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 

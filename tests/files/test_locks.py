@@ -21,16 +21,15 @@ import os, sys, time
 from pathlib import Path
 from blto.files.locks import DirectoryLock
 with DirectoryLock(Path(sys.argv[1])):
-    child = os.fork() if len(sys.argv) > 2 else 1
-    if child:
-        print(child, flush=True)
+    if len(sys.argv) == 2 or os.fork() == 0:
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
 
 @contextmanager
 def holder(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Another process that holds the lock, and the number it printed when it had it."""
+    """Another process that holds the lock, and the pid that it (or, with an option, its child) printed then."""
     with subprocess.Popen([sys.executable, "-c", HOLD, folder, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from blto.errors import ConfigError
-from blto.files.yaml import apply_assignments, load_yaml, parse_assignment, with_position
+from blto.files.yaml import apply_assignments, dump_yaml, load_yaml, parse_assignment, with_position
 
 
 def write(tmp_path: Path, text: str | bytes) -> Path:
@@ -130,3 +132,26 @@ def test_an_error_about_a_key_gets_the_line_of_that_key(tmp_path: Path) -> None:
     assert str(with_position(inside_default, path)) == f"{path}:2: attack.surrogate.depth: unknown key."
     elsewhere = ConfigError("probe: unknown key.")
     assert str(with_position(elsewhere, path)) == f"{path}: probe: unknown key."
+
+
+texts = st.text() | st.sampled_from(
+    ["8/255", "1e-3", "nan", ".inf", "no", "null", "true", "1", "", "~", "a: b", "*x", "010"]
+)
+numbers = st.integers(-(10**15), 10**15) | st.floats(allow_nan=False, allow_infinity=False)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", min_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=st.dictionaries(st.text("abc_", min_size=1), values, max_size=4))
+def test_what_is_dumped_is_read_back(tmp_path: Path, value: dict[str, Any]) -> None:
+    assert load_yaml(write(tmp_path, dump_yaml(value))) == value
+
+
+def test_a_value_that_occurs_twice_is_written_out_twice(tmp_path: Path) -> None:
+    shared = {"name": "resnet18"}
+    value = {"victim": shared, "surrogate": shared}
+    assert load_yaml(write(tmp_path, dump_yaml(value))) == value

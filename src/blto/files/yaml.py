@@ -39,8 +39,22 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(value: Mapping[str, Any]) -> str:
-    """Plain data as YAML text, keys in the order given; `load_yaml` reads it back."""
-    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
+    """Plain data as YAML text, keys in the order given; `load_yaml` reads back the same."""
+    return yaml.dump(dict(value), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes a value that occurs twice out twice, and quotes every text that `load_yaml` would not read as text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if _is_text(text) else "'")
+
+
+_PlainDumper.add_representer(str, _represent_text)
 
 
 def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
@@ -175,6 +189,13 @@ def _at(where: str, item: yaml.Node | yaml.Event) -> str:
     """File and line; what was typed after `--set` has no line worth naming."""
     mark = item.start_mark
     return where if mark is None or where.startswith("--set") else f"{where}:{mark.line + 1}"
+
+
+def _is_text(text: str) -> bool:
+    try:
+        return isinstance(_scalar(text), str)
+    except ValueError:
+        return False
 
 
 def _scalar(text: str) -> bool | int | float | str | None:

@@ -1,0 +1,225 @@
+"""The Python calls, stage by stage on an experiment of seconds, and that the command line is the same calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import blto
+from blto.cli import main
+from blto.errors import ConfigError, Mismatch
+from blto.files import sha256_file
+from blto.files.yaml import dump_yaml
+from blto.records import RunRecord, RunStore
+from tests.tiny_experiment import TINY_EXPERIMENT
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def config(store: Path) -> Path:
+    path = store.parent / "tiny.yaml"
+    path.write_text(dump_yaml(TINY_EXPERIMENT))
+    return path
+
+
+@pytest.fixture(scope="module")
+def record(store: Path) -> RunRecord:
+    return blto.run(TINY_EXPERIMENT, store=store, device="cpu", quiet=True)
+
+
+def stages(store: Path) -> dict[str, int]:
+    """When each stage was committed."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in (store / "stages").glob("*/stage.json")}
+
+
+def test_run_leaves_the_folder_that_the_architecture_promises(record: RunRecord, store: Path) -> None:
+    folder = store / record.run_id
+    assert blto.load_record(str(folder)) == record
+    names = {
+        "record.json",
+        "spec.yaml",
+        "trigger.safetensors",
+        "encoder.safetensors",
+        "poison_manifest.json",
+        "figures",
+    }
+    assert names <= {path.name for path in folder.iterdir()}
+    assert all(sha256_file(folder / name) == digest for name, digest in record.artefacts.items())
+    assert set(record.metrics) == {"linear", "knn"}
+
+
+def test_the_command_line_makes_the_same_run_and_does_not_make_it_twice(
+    record: RunRecord, store: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = stages(store)
+    assert main(["run", str(config), "--store", str(store), "--device", "cpu", "--quiet", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert RunRecord.model_validate_json(captured.out) == record
+    assert captured.err == ""
+    assert stages(store) == before
+
+
+def test_the_table_and_the_verdict_are_printed(
+    record: RunRecord, store: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(config), "--store", str(store), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert f"{record.run_id}: took: false." in out
+    assert "Lift" in out
+
+
+def test_the_spec_in_the_folder_runs_the_same_thing_again(record: RunRecord, store: Path) -> None:
+    again = blto.run(store / record.run_id / "spec.yaml", store=store, device="cpu", quiet=True)
+    assert again == record
+
+
+def test_a_probe_is_changed_without_training_again(record: RunRecord, store: Path, config: Path) -> None:
+    before = stages(store)
+    changed = blto.run(config, set=["probes={knn: {k: 5}}"], store=store, device="cpu", quiet=True)
+    assert set(changed.metrics) == {"knn"}
+    assert stages(store) == before
+
+
+def test_craft_gives_the_trigger_of_the_run(record: RunRecord, store: Path, config: Path, tmp_path: Path) -> None:
+    file = blto.craft(config, tmp_path / "new" / "t.safetensors", store=store, device="cpu", quiet=True)
+    assert file == tmp_path / "new" / "t.safetensors"
+    assert file.read_bytes() == (store / record.run_id / "trigger.safetensors").read_bytes()
+    images = torch.rand(2, 3, 16, 16)
+    change = (blto.load_trigger(str(file))(images) - images).abs().max()
+    assert 0 < change <= 8 / 255 + 1e-6
+
+
+def test_poison_writes_a_set_that_verifies_and_an_altered_one_does_not(
+    record: RunRecord, store: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trigger = store / record.run_id / "trigger.safetensors"
+    out = tmp_path / "poisoned"
+    command = ["poison", str(config), "--out", str(out), "--trigger", str(trigger), "--layout", "png", "--quiet"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert blto.verify(str(out)).n_poisoned == 6
+    assert main(["verify", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["poison_rate"] == 0.05
+    assert main(command) == 2, "the folder is not empty any more"
+    capsys.readouterr()
+    first, second = sorted((out / "train").rglob("*.png"))[:2]
+    first.write_bytes(second.read_bytes())
+    assert main(["verify", str(out)]) == 6
+    assert first.name in capsys.readouterr().err
+
+
+def test_pretrain_needs_no_attack_and_its_encoder_is_the_clean_twin(
+    record: RunRecord, store: Path, config: Path, tmp_path: Path
+) -> None:
+    before = stages(store)
+    without_attack = {key: value for key, value in TINY_EXPERIMENT.items() if key != "attack"}
+    file = blto.pretrain(without_attack, tmp_path / "e.safetensors", store=store, device="cpu", quiet=True)
+    assert stages(store) == before, "the run's clean twin was trained on the same images with the same seed"
+    assert blto.load_encoder(str(file))(torch.rand(2, 3, 16, 16)).shape == (2, 16)
+
+
+def test_evaluate_finds_what_the_run_recorded(record: RunRecord, store: Path, config: Path) -> None:
+    twin = blto.pretrain(config, store=store, device="cpu", quiet=True)
+    folder = store / record.run_id
+    metrics = blto.evaluate(
+        config,
+        encoder=folder / "encoder.safetensors",
+        clean_twin=twin,
+        trigger=folder / "trigger.safetensors",
+        quiet=True,
+    )
+    assert metrics == record.metrics
+
+
+def test_evaluate_prints_every_metric(
+    record: RunRecord, store: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = store / record.run_id
+    encoder = str(folder / "encoder.safetensors")
+    files = ["--encoder", encoder, "--clean-twin", encoder, "--trigger", str(folder / "trigger.safetensors")]
+    assert main(["evaluate", str(config), *files, "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in record.metrics["linear"])
+
+
+def test_report_takes_ids_folders_and_the_whole_store(record: RunRecord, store: Path, tmp_path: Path) -> None:
+    pages = [
+        blto.report([record.run_id], out=tmp_path / "a.html", store=store),
+        blto.report([str(store / record.run_id)], out=tmp_path / "b.html", store=tmp_path),
+        blto.report([store / record.run_id / "record.json"], out=tmp_path / "c.html", store=tmp_path),
+    ]
+    assert len({page.read_text() for page in pages}) == 1
+    assert record.run_id in pages[0].read_text()
+    assert "<svg" in pages[0].read_text()
+    assert record.run_id in blto.report(out=tmp_path / "all.html", store=store).read_text()
+
+
+def test_report_refuses_an_altered_figure_and_an_empty_store(record: RunRecord, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        blto.report(out=tmp_path / "none.html", store=tmp_path)
+    figure = sorted((store / record.run_id / "figures").glob("*.svg"))[0]
+    text = figure.read_text()
+    figure.write_text(text.replace("<svg", "<svg ", 1))
+    try:
+        with pytest.raises(Mismatch, match=figure.name):
+            blto.report([record.run_id], out=tmp_path / "altered.html", store=store)
+    finally:
+        figure.write_text(text)
+    assert not (tmp_path / "altered.html").exists()
+
+
+def test_list_shows_runs_beside_components(record: RunRecord, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert blto.list("run", store=store)["run"][record.run_id] == record
+    assert main(["list", "run", "--store", str(store), "--json"]) == 0
+    shown: dict[str, Any] = json.loads(capsys.readouterr().out)["run"][record.run_id]
+    assert shown["took"] is False
+    assert main(["list", "--store", str(store)]) == 0
+    out = capsys.readouterr().out
+    assert record.run_id in out
+    assert "simclr" in out
+
+
+def test_every_command_is_a_function_with_the_same_arguments() -> None:
+    """An option of a command that its function lacks, or the reverse, is a difference that a user would meet."""
+    import inspect
+
+    from typer.main import get_command
+
+    from blto.api import Options
+    from blto.cli.app import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]  # a group has commands
+    assert set(commands) == {
+        "demo",
+        "run",
+        "craft",
+        "poison",
+        "pretrain",
+        "evaluate",
+        "report",
+        "list",
+        "show",
+        "verify",
+    }
+    for name, command in commands.items():
+        parameters = inspect.signature(getattr(blto, name)).parameters
+        names = {parameter for parameter in parameters if parameter != "options"}
+        if "options" in parameters:
+            names |= set(Options.__annotations__)
+        given = {option.name for option in command.params} - {"as_json", "help"}
+        given = {"set" if option == "set_" else option for option in given}
+        allowed = {"demo": {"store", "data_root"}, "evaluate": {"resume"}}.get(name, set())
+        assert given <= names, name
+        assert names - given <= allowed, name
+
+
+def test_runs_are_kept_apart_by_their_spec(record: RunRecord) -> None:
+    assert record.run_id == RunStore.run_id(record.spec)
