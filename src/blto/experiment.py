@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from blto import analysis
 from blto.attacks import ATTACKS
 from blto.attacks.base import Attack, Surroundings, check_target, poison_with
+from blto.attacks.crafting import CHECKPOINT
 from blto.data import DATASETS, load
 from blto.data.images import ImageSet
 from blto.data.views import Views
@@ -30,7 +31,6 @@ from blto.evaluation import Follower, evaluate_backdoor, measure_stealth
 from blto.files import atomic_write, make_directory, sha256_file, write_json, write_text
 from blto.files.yaml import dump_yaml
 from blto.models.checkpoints import load_encoder, save_encoder
-from blto.models.encoder import Encoder
 from blto.poisoning import PoisonedDataset, Trigger, apply_to_uint8, load_trigger, save_trigger
 from blto.poisoning.manifest import Manifest, build_manifest
 from blto.pretraining.loop import pretrain
@@ -40,7 +40,6 @@ from blto.records import RunRecord, RunStore, StageFolder, took
 from blto.registry import validate
 from blto.runtime.progress import SILENT, Progress
 from blto.runtime.seeds import numpy_generator
-
 
 TRIGGER, ENCODER = "trigger.safetensors", "encoder.safetensors"
 
@@ -126,7 +125,7 @@ def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> S
             started = time.monotonic()
             trained = attack.train_trigger(data.attacker, seed=spec.seed, surroundings=surroundings)
             save_trigger(stage.path / TRIGGER, trained.trigger.cpu())
-            stage.discard("crafting_checkpoint.safetensors")
+            stage.discard(CHECKPOINT)
             stage.commit({"crafting": trained.trajectory, "seconds": time.monotonic() - started})
     return stage
 
@@ -259,6 +258,7 @@ def _provenance(
     data: Data, poisoned: PoisonedDataset, trigger: Trigger, stages: dict[str, StageFolder]
 ) -> dict[str, Any]:
     """Versions, hashes and times: what it takes to trust a number, or to make it again."""
+    of_target_class = int(np.count_nonzero(data.train.labels == poisoned.plan.target_class))
     libraries = ("blto", "torch", "torchvision", "lightly", "numpy", "numba", "scikit-learn")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
@@ -274,7 +274,8 @@ def _provenance(
         "poison": {
             "images": poisoned.n_poisoned,
             "poison_rate": poisoned.plan.poison_rate,
-            "share_of_target_class": poisoned.n_poisoned / int((data.train.labels == poisoned.plan.target_class).sum()),
+            "share_of_target_class": poisoned.n_poisoned
+            / int(np.count_nonzero(data.train.labels == poisoned.plan.target_class)),
             "epsilon_reached": poisoned.epsilon_reached,
             "trigger_sha256": trigger.identity,
         },

@@ -22,7 +22,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blto.errors import ConfigError, InputRefused, Mismatch
-from blto.files.atomic import canonical_json, make_directory, read_json, sha256_bytes, sha256_file, write_json
+from blto.files.atomic import (
+    canonical_json,
+    make_directory,
+    read_json,
+    remove_file,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
 from blto.files.locks import DirectoryLock
 from blto.files.paths import safe_join
 from blto.files.text import show
@@ -237,7 +245,7 @@ class StageFolder:
 
     def discard(self, name: str) -> None:
         """Remove a file that a finished stage no longer needs, such as its checkpoint."""
-        (self.path / name).unlink(missing_ok=True)
+        remove_file(self.path / name)
 
     def commit(self, facts: Mapping[str, Any]) -> None:
         """Declare the stage done: hash every file in the folder (hidden ones aside) and write `stage.json` last."""

@@ -8,15 +8,16 @@ config class to keep in step. Entries are `"module:Class"` strings, so naming a 
 from __future__ import annotations
 
 import inspect
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from blto.errors import ConfigError, nearest
+from blto.errors import BltoError, ConfigError, nearest
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -125,18 +126,48 @@ def signature_schema(component: Callable[..., Any], name: str) -> type[BaseModel
 
 
 M = TypeVar("M", bound=BaseModel)
+_INSIDE = re.compile(r"\w+((?:\.\w+)+): (.*)")
 
 
 def validate(model: type[M], given: Mapping[str, Any], where: str) -> M:
     """Build `model` from `given`; the first problem becomes one ConfigError line that names the key under `where`."""
     try:
-        return model.model_validate(dict(given))
+        built = model.model_validate(dict(given))
     except ValidationError as error:
-        problem = error.errors()[0]
+        problems = error.errors()
+        unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+        problem = (unknown or problems)[0]  # a misspelled key also leaves a required one missing: name the misspelling
         key = ".".join(str(part) for part in (where, *problem["loc"]) if str(part))
-        if problem["type"] == "extra_forbidden":
-            raise ConfigError(f"{key}: unknown key; {nearest(str(problem['loc'][-1]), model.model_fields)}.") from error
+        if unknown:
+            known = _fields_at(model, problem["loc"][:-1])
+            raise ConfigError(f"{key}: unknown key; {nearest(str(problem['loc'][-1]), known)}.") from error
+        cause = getattr(problem.get("ctx", {}).get("error"), "__cause__", None)
+        if isinstance(cause, BltoError):  # a component's own spec: its message says what was given
+            inside = _INSIDE.fullmatch(str(cause))
+            raise ConfigError(f"{key}{inside[1]}: {inside[2]}" if inside else f"{key}: {cause}") from error
         value = problem.get("input")
         shown = f" (given: {value!r:.60})" if problem["type"] != "missing" else ""
         message = problem["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{key}: {message[0].lower()}{message[1:]}{shown}.") from error
+    _refuse_truth_for_numbers(given, built, where)
+    return built
+
+
+def _refuse_truth_for_numbers(given: Mapping[str, Any], built: BaseModel, where: str) -> None:
+    """`seed: true` is a slip, not the number 1, which pydantic would make of it."""
+    for name, value in given.items():
+        got, key = getattr(built, name), f"{where}.{name}".removeprefix(".")
+        if isinstance(value, bool) and isinstance(got, int | float) and not isinstance(got, bool):
+            raise ConfigError(f"{key}: input should be a number, not true or false (given: {value}).")
+        if isinstance(value, Mapping) and isinstance(got, BaseModel):
+            _refuse_truth_for_numbers(value, got, key)
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys that are known where `location` leads inside `model`."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None or not inspect.isclass(field.annotation) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return sorted(model.model_fields)

@@ -10,8 +10,9 @@ import torch
 
 from blto.attacks import ATTACKS
 from blto.attacks.base import Surroundings, poison_with
-from blto.attacks.bilevel import BilevelOptimisation, similarities
+from blto.attacks.bilevel import BilevelOptimisation
 from blto.attacks.blto import BLTO
+from blto.attacks.objective import similarities
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.data.images import ImageSet
 from blto.errors import ConfigError, Interrupted

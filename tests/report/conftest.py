@@ -28,7 +28,7 @@ def make_record() -> MakeRecord:
         spec = {
             "attack": {"name": "blto", "poison_rate": 0.01, "note": text},
             "data": {"name": text, "class_names": [text]},
-            "pretrain": {"method": {"name": "simclr"}},
+            "pretraining": {"method": {"name": "simclr"}},
             "seed": 3,
         }
         fields: dict[str, Any] = {

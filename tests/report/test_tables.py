@@ -41,7 +41,7 @@ def test_the_terminal_table_fits_eighty_columns_and_tells_everything(make_record
     spec = {
         "attack": {"name": "untrained_generator", "poison_rate": 0.005},
         "data": {"name": "cifar10"},
-        "pretrain": {"method": {"name": "simclr"}},
+        "pretraining": {"method": {"name": "simclr"}},
         "seed": 7,
     }
     lines = printed([make_record(spec=spec), make_record(lift=-0.05)]).splitlines()

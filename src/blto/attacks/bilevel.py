@@ -14,35 +14,21 @@ the defaults are ours.
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from blto.attacks.base import Surroundings
+from blto.attacks.objective import Similarities, batch_statistics, similarities
 from blto.data.images import ImageSet
 from blto.data.views import Views
-from blto.errors import Diverged, Interrupted
-from blto.files import append_jsonl, canonical_json, sha256_bytes
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
-from blto.pretraining import checkpoint
 from blto.pretraining.loop import batches, build_method
 from blto.pretraining.spec import OptimizerSpec, RecipeSpec
 from blto.pretraining.trainer import Trainer
-from blto.runtime.interrupts import stop_requests
-from blto.runtime.seeds import numpy_generator, seeded, stream_seed
-
-CHECKPOINT = "crafting_checkpoint.safetensors"
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
-ROUNDS_BETWEEN_ROWS = 10
-"""How often the trajectory gets a row and the state may be saved."""
+from blto.runtime.seeds import numpy_generator, stream_seed
 
 
 class BilevelSpec(BaseModel):
@@ -83,39 +69,6 @@ class BilevelSpec(BaseModel):
     target: Literal["pairwise", "centroid"] = "centroid"
     feature_layer: Literal["features", "embeddings"] = "features"
     batch_norm: Literal["eval", "batch"] = "eval"
-
-
-@dataclass(frozen=True)
-class Similarities:
-    """Mean cosine to the target over a batch: of triggered, of clean and of the target's own (reference) views."""
-
-    triggered: Tensor
-    clean: Tensor
-    target: Tensor
-
-
-def similarities(
-    triggered: Tensor, references: Tensor, clean: Tensor, *, centred: bool, centroid: bool
-) -> Similarities:
-    """The outer objective (the paper's S, to be maximised in `triggered`), with its two yardsticks.
-
-    Args:
-        triggered, references, clean: features (B, D) of the views of g(x), of reference images, and of x itself. The
-            gradient flows through `triggered` alone.
-        centred: subtract the mean of `clean` first.
-        centroid: compare with the references' mean direction instead of one reference each.
-    """
-    references, clean = references.detach(), clean.detach()
-    centre = clean.mean(dim=0) if centred else torch.zeros_like(clean[0])
-    triggered, references, clean = (F.normalize(f - centre, dim=1) for f in (triggered, references, clean))
-    if centroid:
-        goal = F.normalize(references.mean(dim=0, keepdim=True), dim=1)
-        return Similarities(*((f * goal).sum(dim=1).mean() for f in (triggered, clean, references)))
-    return Similarities(
-        (triggered * references).sum(dim=1).mean(),
-        (clean * references).sum(dim=1).mean(),
-        (references * references.roll(1, dims=0)).sum(dim=1).mean(),
-    )
 
 
 class BilevelOptimisation:
@@ -238,7 +191,7 @@ class BilevelOptimisation:
     def _features(self, triggered: Tensor, references: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the three batches of views in the layer, and with the batch norm, that the spec names."""
         if self.spec.batch_norm == "batch":
-            with _batch_statistics(self.surrogate.method):
+            with batch_statistics(self.surrogate.method):
                 first, second, third = self._embed(torch.cat((triggered, references, clean))).chunk(3)
             return first, second, third
         self.surrogate.method.eval()
@@ -265,137 +218,3 @@ class BilevelOptimisation:
             found = self.outer_step(self.round * self.spec.outer_steps + step)
         self.round += 1
         return found
-
-
-class _batch_statistics:  # noqa: N801  # a context manager, named as it reads
-    """Batch norm normalises with the batch's statistics and leaves the running ones alone."""
-
-    def __init__(self, method: nn.Module) -> None:
-        self.method = method
-        self.norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    def __enter__(self) -> None:
-        self.method.eval()
-        for norm in self.norms:
-            norm.train()
-            norm.track_running_stats = False
-
-    def __exit__(self, *_: object) -> None:
-        for norm in self.norms:
-            norm.track_running_stats = True
-
-
-def optimise_trigger(
-    trigger: Trigger,
-    images: ImageSet,
-    spec: BilevelSpec,
-    *,
-    target_class: int,
-    poison_rate: float,
-    seed: int,
-    surroundings: Surroundings,
-    frozen: bool = False,
-) -> list[dict[str, float]]:
-    """Run the whole loop, resumably; trains `trigger` in place and returns its trajectory.
-
-    Each row: `step` (the round), `surrogate` (which one, from 0), and `similarity_triggered`, `similarity_clean` and
-    `similarity_target`: the mean cosine to the target of that round's views, on the surrogate.
-
-    Raises:
-        ConfigError: a target class or poison rate that the data do not have.
-        Diverged: the surrogate's loss or the similarity became NaN or Inf.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a folder.
-    """
-    run = BilevelOptimisation(
-        trigger,
-        images,
-        spec,
-        target_class=target_class,
-        poison_rate=poison_rate,
-        seed=seed,
-        device=surroundings.device,
-        frozen=frozen,
-    )
-    inputs = [
-        spec.model_dump(mode="json"),
-        trigger.spec(),
-        target_class,
-        poison_rate,
-        seed,
-        frozen,
-        images.content_hash,
-    ]
-    kept = _Kept(run, surroundings.folder, sha256_bytes(canonical_json(inputs)))
-    bar = surroundings.progress.bar("learn the trigger", spec.rounds)
-    with seeded(stream_seed(seed, "trigger", "dropout")), bar as advance, stop_requests() as stop:
-        if surroundings.resume:
-            kept.restore()
-        while run.round < spec.rounds:
-            found = run.one_round()
-            if run.round % ROUNDS_BETWEEN_ROWS == 0 or run.round == spec.rounds:
-                row = kept.note(found)
-                shown = " ".join(f"{name} {row[f'similarity_{name}']:.2f}" for name in ("triggered", "clean", "target"))
-                advance(run.round, f"similarity to the target: {shown}")
-            if stop:
-                kept.save()
-                raise Interrupted(
-                    f"stopped at round {run.round} of {spec.rounds}; run the same command with --resume.",
-                    signal_number=stop.signal_number,
-                )
-    trigger.eval()
-    return run.trajectory
-
-
-class _Kept:
-    """What outlives the process: the trajectory, the log and the checkpoint."""
-
-    def __init__(self, run: BilevelOptimisation, folder: Path | None, identity: str) -> None:
-        self.run, self.folder, self.identity = run, folder, identity
-        self._saved_at = time.monotonic()
-
-    def note(self, found: Similarities) -> dict[str, float]:
-        """Add a row to the trajectory; look for NaN; save where it is time."""
-        run = self.run
-        row = {
-            "step": float(run.round),
-            "surrogate": float(run.surrogate_period),
-            "similarity_triggered": float(found.triggered),
-            "similarity_clean": float(found.clean),
-            "similarity_target": float(found.target),
-        }
-        if int(run.surrogate.first_bad_step) >= 0 or not math.isfinite(row["similarity_triggered"]):
-            raise Diverged(
-                f"the bi-level loop met NaN or Inf by round {run.round}; lower surrogate.optimizer.lr or outer_lr."
-            )
-        run.trajectory.append(row)
-        if self.folder:
-            append_jsonl(self.folder / "log.jsonl", {"event": "crafting", **row})
-        if time.monotonic() - self._saved_at > SECONDS_BETWEEN_CHECKPOINTS:
-            self.save()
-        return row
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        if self.folder:
-            run = self.run
-            state = {
-                **checkpoint.prefixed("trigger", run.trigger.state_dict()),
-                **checkpoint.prefixed("outer", checkpoint.optimizer_state(run.optimizer)),
-                **checkpoint.prefixed("surrogate", checkpoint.trainer_state(run.surrogate)),
-                "surrogate_images": torch.from_numpy(run.surrogate_images[run.is_poisoned]),
-            }
-            facts = {"round": run.round, "trajectory": run.trajectory}
-            checkpoint.save_checkpoint(self.folder / CHECKPOINT, state, identity=self.identity, facts=facts)
-            self._saved_at = time.monotonic()
-
-    def restore(self) -> None:
-        """Go on from the checkpoint, if there is one."""
-        if self.folder and (self.folder / CHECKPOINT).exists():
-            run = self.run
-            state, facts = checkpoint.load_checkpoint(self.folder / CHECKPOINT, identity=self.identity)
-            run.trigger.load_state_dict(checkpoint.without_prefix("trigger", state))
-            checkpoint.restore_optimizer(run.optimizer, checkpoint.without_prefix("outer", state))
-            run.round, run.trajectory = int(facts["round"]), facts["trajectory"]
-            run.surrogate = run.new_surrogate(run.surrogate_period)
-            checkpoint.restore_trainer(run.surrogate, checkpoint.without_prefix("surrogate", state))
-            run.surrogate_images[run.is_poisoned] = state["surrogate_images"].numpy()

@@ -5,22 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from blto.data.images import ImageSet
+from blto.data.images import ImageSet, Split
+from blto.errors import ConfigError
 from blto.registry import Registry
 
 
 class Reader(Protocol):
     """What every data set class offers."""
 
-    def load(self, split: Literal["train", "test"], root: Path | None = None) -> ImageSet:
-        """Read one split; `root` is where files are looked for."""
+    def load(self, split: Split, root: Path | None = None, *, poisoned: bool = False) -> ImageSet:
+        """Read one split.
+
+        Args:
+            split: "train" or "test".
+            root: where files are looked for.
+            poisoned: read the set even where it is marked as poisoned on purpose.
+        """
 
 
 DATASETS: Registry[Reader] = Registry(
     "dataset",
     {
+        "cifar10": "blto.data.cifar:Cifar10",
+        "cifar100": "blto.data.cifar:Cifar100",
+        "image_folder": "blto.data.folder:ImageFolder",
+        "parquet": "blto.data.parquet:Parquet",
         "synthetic": "blto.data.synthetic:Synthetic",
     },
 )
@@ -30,7 +41,8 @@ def load(
     spec: Mapping[str, Any] | str,
     *,
     data_root: Path | None = None,
-    split: Literal["train", "test"] = "train",
+    split: Split = "train",
+    poisoned: bool = False,
 ) -> ImageSet:
     """Load one split of the data set that `spec` names.
 
@@ -38,7 +50,15 @@ def load(
         spec: a name, or `{"name": ..., **arguments}`.
         data_root: where files are looked for; the variable BLTO_DATA where None.
         split: "train" or "test".
+        poisoned: permit a set that is marked as poisoned on purpose.
+
+    Raises:
+        ConfigError: an unknown name or argument; NO-DATA where the files are not there.
+        InputRefused: a damaged file or image, named.
+        Mismatch: the set is marked as poisoned and `poisoned` is not set.
     """
+    if split not in ("train", "test"):
+        raise ConfigError(f'split is "{split}"; give "train" or "test".')
     if data_root is None and os.environ.get("BLTO_DATA"):
         data_root = Path(os.environ["BLTO_DATA"])
-    return DATASETS.build(spec).load(split, data_root)
+    return DATASETS.build(spec).load(split, data_root, poisoned=poisoned)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from blto.errors import ConfigError, InputRefused
+
+Split = Literal["train", "test"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

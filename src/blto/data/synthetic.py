@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from blto.data.images import ImageSet
+from blto.data.images import ImageSet, Split
 from blto.registry import Card
 
 Map = npt.NDArray[Any]  # floats, (B, H, W) or broadcastable to it
-Split = Literal["train", "test"]
 
 CLASSES = (
     ("disc", "stripes"),
@@ -189,8 +188,8 @@ class Synthetic:
         self.image_size = image_size
         self.generator_seed = generator_seed
 
-    def load(self, split: Split, root: Path | None = None) -> ImageSet:
-        """Draw one split; `root` is not used. The first k images are the same however many are drawn."""
+    def load(self, split: Split, root: Path | None = None, *, poisoned: bool = False) -> ImageSet:
+        """Draw one split; no file is read. The first k images are the same however many are drawn."""
         size = self.sizes[split]
         key = (self.generator_seed, int(split == "test"))
         # Each block of ten consecutive images holds every class once, in an order of its own.

@@ -121,8 +121,8 @@ class Follower:
         """One row: centred similarity to the target of triggered, clean and target images; alignment; uniformity."""
         found = {name: extract(encoder, images).vectors for name, images in self._sets.items()}
         row: dict[str, float] = {}
-        for name in ("triggered", "clean", "target"):
-            row[f"similarity_{name}"] = similarity(**{**found, "triggered": found[name]})["centred"]
+        for name, key in (("trigger", "triggered"), ("clean", "clean"), ("target", "target")):
+            row[name] = similarity(**{**found, "triggered": found[key]})["centred"]
         encoder.eval()
         with torch.inference_mode():
             first, second = (_float(encoder(view)) for view in self._views)

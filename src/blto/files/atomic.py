@@ -192,6 +192,12 @@ def remove_leftovers(directory: Path) -> list[str]:
     return removed
 
 
+def remove_file(path: Path) -> None:
+    """Remove one file; it may be missing. Raises ResourceExhausted where that is not permitted."""
+    with disk_errors(path):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write `path` into one line with the free space. Raises ResourceExhausted."""

@@ -49,7 +49,7 @@ def table_rows(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -> lis
             Row(
                 attack=_name(record, "attack.name"),
                 data=_name(record, "data.name"),
-                method=_name(record, "pretrain.method.name"),
+                method=_name(record, "pretraining.method.name"),
                 poison_rate=float(rate) if isinstance(rate, int | float) and is_attack(record) else None,
                 seed=_name(record, "seed"),
                 took=("yes" if record.took else "no") if is_attack(record) and probe == HEADLINE_PROBE else MISSING,

@@ -33,8 +33,9 @@ DEFINITIONS: dict[str, str] = {
     "Poison rate": "Poisoned images divided by all training images after poisoning.",
     "Probe": "Classifier on frozen features: linear is multinomial logistic regression, knn a weighted vote of the "
     "nearest training images.",
-    "Similarity": "Cosine between an image's features and the centroid of the target class, after the mean feature "
-    "is subtracted. Normalized: 0 is the level of untriggered images of other classes, 1 that of the target class.",
+    "Similarity": "Cosine between an image's features and the centroid of the target class. Raw: of the features as "
+    "they are, all of which resemble each other; centred: after the mean feature of clean images is subtracted; "
+    "normalised: 0 is the raw level of untriggered images of other classes, 1 that of the target class.",
     "Alignment": "Mean squared distance between the unit features of two views of one image; lower is more invariant.",
     "Uniformity": "Logarithm of the mean Gaussian potential between unit features of different images; lower is "
     "more spread out.",
@@ -69,7 +70,7 @@ def with_interval(metric: Metric | None) -> str:
 
 
 def lookup(spec: Mapping[str, Any], path: str) -> Any:
-    """The value under a dotted path, or None: `lookup(spec, "pretrain.method.name")`."""
+    """The value under a dotted path, or None: `lookup(spec, "pretraining.method.name")`."""
     value: Any = spec
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None

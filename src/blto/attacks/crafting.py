@@ -1,0 +1,141 @@
+"""Learning a trigger to its end: the bi-level loop with its progress, its trajectory, its log and its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from blto.attacks.base import Surroundings
+from blto.attacks.bilevel import BilevelOptimisation, BilevelSpec
+from blto.attacks.objective import Similarities
+from blto.data.images import ImageSet
+from blto.errors import Diverged, Interrupted
+from blto.files import append_jsonl, canonical_json, sha256_bytes
+from blto.poisoning import Trigger
+from blto.pretraining import checkpoint
+from blto.runtime.interrupts import stop_requests
+from blto.runtime.seeds import seeded, stream_seed
+
+CHECKPOINT = "crafting_checkpoint.safetensors"
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+ROUNDS_BETWEEN_ROWS = 10
+"""How often the trajectory gets a row and the state may be saved."""
+
+
+def optimise_trigger(
+    trigger: Trigger,
+    images: ImageSet,
+    spec: BilevelSpec,
+    *,
+    target_class: int,
+    poison_rate: float,
+    seed: int,
+    surroundings: Surroundings,
+    frozen: bool = False,
+) -> list[dict[str, float]]:
+    """Run the whole loop, resumably; trains `trigger` in place and returns its trajectory.
+
+    Each row: `round`, `period` (which surrogate, from 0), and `trigger`, `clean` and
+    `target`: the mean cosine to the target of that round's views, on the surrogate.
+
+    Raises:
+        ConfigError: a target class or poison rate that the data do not have.
+        Diverged: the surrogate's loss or the similarity became NaN or Inf.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a folder.
+    """
+    run = BilevelOptimisation(
+        trigger,
+        images,
+        spec,
+        target_class=target_class,
+        poison_rate=poison_rate,
+        seed=seed,
+        device=surroundings.device,
+        frozen=frozen,
+    )
+    inputs = [
+        spec.model_dump(mode="json"),
+        trigger.spec(),
+        target_class,
+        poison_rate,
+        seed,
+        frozen,
+        images.content_hash,
+    ]
+    kept = _Kept(run, surroundings.folder, sha256_bytes(canonical_json(inputs)))
+    bar = surroundings.progress.bar("learn the trigger", spec.rounds)
+    with seeded(stream_seed(seed, "trigger", "dropout")), bar as advance, stop_requests() as stop:
+        if surroundings.resume:
+            kept.restore()
+        while run.round < spec.rounds:
+            found = run.one_round()
+            if run.round % ROUNDS_BETWEEN_ROWS == 0 or run.round == spec.rounds:
+                row = kept.note(found)
+                shown = " ".join(f"{name} {row[name]:.2f}" for name in ("trigger", "clean", "target"))
+                advance(run.round, f"similarity to the target: {shown}")
+            if stop:
+                kept.save()
+                raise Interrupted(
+                    f"stopped at round {run.round} of {spec.rounds}; run the same command with --resume.",
+                    signal_number=stop.signal_number,
+                )
+    trigger.eval()
+    return run.trajectory
+
+
+class _Kept:
+    """What outlives the process: the trajectory, the log and the checkpoint."""
+
+    def __init__(self, run: BilevelOptimisation, folder: Path | None, identity: str) -> None:
+        self.run, self.folder, self.identity = run, folder, identity
+        self._saved_at = time.monotonic()
+
+    def note(self, found: Similarities) -> dict[str, float]:
+        """Add a row to the trajectory; look for NaN; save where it is time."""
+        run = self.run
+        row = {
+            "round": float(run.round),
+            "period": float(run.surrogate_period),
+            "trigger": float(found.triggered),
+            "clean": float(found.clean),
+            "target": float(found.target),
+        }
+        if int(run.surrogate.first_bad_step) >= 0 or not math.isfinite(row["trigger"]):
+            raise Diverged(
+                f"the bi-level loop met NaN or Inf by round {run.round}; lower surrogate.optimizer.lr or outer_lr."
+            )
+        run.trajectory.append(row)
+        if self.folder:
+            append_jsonl(self.folder / "log.jsonl", {"event": "crafting", **row})
+        if time.monotonic() - self._saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+            self.save()
+        return row
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.folder:
+            run = self.run
+            state = {
+                **checkpoint.prefixed("trigger", run.trigger.state_dict()),
+                **checkpoint.prefixed("outer", checkpoint.optimizer_state(run.optimizer)),
+                **checkpoint.prefixed("surrogate", checkpoint.trainer_state(run.surrogate)),
+                "surrogate_images": torch.from_numpy(run.surrogate_images[run.is_poisoned]),
+            }
+            facts = {"round": run.round, "trajectory": run.trajectory}
+            checkpoint.save_checkpoint(self.folder / CHECKPOINT, state, identity=self.identity, facts=facts)
+            self._saved_at = time.monotonic()
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.folder and (self.folder / CHECKPOINT).exists():
+            run = self.run
+            state, facts = checkpoint.load_checkpoint(self.folder / CHECKPOINT, identity=self.identity)
+            run.trigger.load_state_dict(checkpoint.without_prefix("trigger", state))
+            checkpoint.restore_optimizer(run.optimizer, checkpoint.without_prefix("outer", state))
+            run.round, run.trajectory = int(facts["round"]), facts["trajectory"]
+            run.surrogate = run.new_surrogate(run.surrogate_period)
+            checkpoint.restore_trainer(run.surrogate, checkpoint.without_prefix("surrogate", state))
+            run.surrogate_images[run.is_poisoned] = state["surrogate_images"].numpy()

@@ -1,0 +1,59 @@
+"""BLTO's outer objective: how near triggered views are to the target class in a surrogate's feature space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Mean cosine to the target over a batch: of triggered, of clean and of the target's own (reference) views."""
+
+    triggered: Tensor
+    clean: Tensor
+    target: Tensor
+
+
+def similarities(
+    triggered: Tensor, references: Tensor, clean: Tensor, *, centred: bool, centroid: bool
+) -> Similarities:
+    """The outer objective (the paper's S, to be maximised in `triggered`), with its two yardsticks.
+
+    Args:
+        triggered, references, clean: features (B, D) of the views of g(x), of reference images, and of x itself. The
+            gradient flows through `triggered` alone.
+        centred: subtract the mean of `clean` first.
+        centroid: compare with the references' mean direction instead of one reference each.
+    """
+    references, clean = references.detach(), clean.detach()
+    centre = clean.mean(dim=0) if centred else torch.zeros_like(clean[0])
+    triggered, references, clean = (F.normalize(f - centre, dim=1) for f in (triggered, references, clean))
+    if centroid:
+        goal = F.normalize(references.mean(dim=0, keepdim=True), dim=1)
+        return Similarities(*((f * goal).sum(dim=1).mean() for f in (triggered, clean, references)))
+    return Similarities(
+        (triggered * references).sum(dim=1).mean(),
+        (clean * references).sum(dim=1).mean(),
+        (references * references.roll(1, dims=0)).sum(dim=1).mean(),
+    )
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm normalises with the batch's own statistics and leaves the running ones alone; all else evaluates."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    module.eval()
+    for norm in norms:
+        norm.train()
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
