@@ -274,8 +274,7 @@ def _provenance(
         "poison": {
             "images": poisoned.n_poisoned,
             "poison_rate": poisoned.plan.poison_rate,
-            "share_of_target_class": poisoned.n_poisoned
-            / int(np.count_nonzero(data.train.labels == poisoned.plan.target_class)),
+            "share_of_target_class": poisoned.n_poisoned / of_target_class,
             "epsilon_reached": poisoned.epsilon_reached,
             "trigger_sha256": trigger.identity,
         },

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blto.data.cache import FACTS, IMAGES, LABELS, cache_folder, cached, files_key
+from blto.data.images import ImageSet
+from blto.errors import ConfigError, InputRefused
+from blto.files import staged_directory
+from factories import random_images
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BLTO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Source:
+    """A decoder that counts how often it is asked."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+        self.decoded = 0
+
+    def __call__(self) -> ImageSet:
+        self.decoded += 1
+        return self.images
+
+
+def same(first: ImageSet, second: ImageSet) -> bool:
+    return (
+        first.content_hash == second.content_hash
+        and first.class_names == second.class_names
+        and first.name == second.name
+    )
+
+
+def test_decodes_once_and_returns_the_same_set(cache: Path) -> None:
+    source = Source(random_images())
+    sets = [cached(lambda: "a" * 64, source) for _ in range(3)]
+    assert source.decoded == 1
+    assert all(same(each, source.images) for each in sets)
+    assert {path.name for path in (cache / "images" / ("a" * 64)).iterdir()} == {IMAGES, LABELS, FACTS}
+
+
+def test_images_are_mapped_and_writing_to_them_leaves_the_file_alone() -> None:
+    source = Source(random_images())
+    first = cached(lambda: "k", source)
+    assert isinstance(first.images.base, np.memmap)
+    assert first.images.flags.writeable  # torch warns about arrays that are not
+    first.images[:] = 0
+    assert same(cached(lambda: "k", source), source.images)
+    assert source.decoded == 1
+
+
+def test_sets_without_labels() -> None:
+    source = Source(random_images().without_labels())
+    cached(lambda: "k", source)
+    again = cached(lambda: "k", source)
+    assert again.labels is None
+    assert same(again, source.images)
+
+
+def test_another_key_is_another_entry() -> None:
+    first, second = Source(random_images(seed=0)), Source(random_images(seed=1))
+    assert same(cached(lambda: "k", first), first.images)
+    assert same(cached(lambda: "l", second), second.images)
+
+
+def test_a_key_sees_bytes_order_and_settings_but_not_names(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path, text in zip(paths, ("one", "two", "one"), strict=True):
+        path.write_text(text)
+    a, b, c = paths
+    assert files_key([a], size=3) == files_key([c], size=3)
+    keys = [
+        files_key([a], size=3),
+        files_key([a], size=4),
+        files_key([b], size=3),
+        files_key([a, b], size=3),
+        files_key([b, a], size=3),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no labels", "facts"])
+def test_a_damaged_entry_is_not_used(cache: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    source = Source(random_images())
+    cached(lambda: "k", source)
+    entry = cache / "images" / "k"
+    data = bytearray((entry / IMAGES).read_bytes())
+    if damage == "flip":
+        data[-1] ^= 1
+        (entry / IMAGES).write_bytes(data)
+    elif damage == "cut":
+        (entry / IMAGES).write_bytes(data[:-1])
+    elif damage == "no labels":
+        (entry / LABELS).unlink()
+    else:
+        (entry / FACTS).write_text("[]")
+    assert same(cached(lambda: "k", source), source.images)
+    assert source.decoded == 2
+    warning = capsys.readouterr().err
+    assert warning.startswith("blto: warning: ")
+    assert "damaged" in warning
+    assert warning.count("\n") == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("BLTO_CACHE", str(tmp_path / "file" / "cache"))
+    source = Source(random_images())
+    assert same(cached(lambda: "k", source), source.images)
+    warning = capsys.readouterr().err
+    assert "not kept" in warning
+    assert "BLTO_CACHE" in warning
+    assert warning.count("\n") == 1
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(cache: Path) -> None:
+    keys = iter(("before", "after"))
+    with pytest.raises(InputRefused, match="changed while"):
+        cached(lambda: next(keys), Source(random_images()))
+    assert not cache.exists()
+
+
+def test_two_processes_may_write_the_same_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(random_images())
+
+    def late() -> ImageSet:
+        cached(lambda: "k", source)  # the other one is done first
+        return source()
+
+    assert same(cached(lambda: "k", late), source.images)
+    assert source.decoded == 2
+    with pytest.raises(ConfigError), staged_directory(cache_folder() / "images" / "k"):
+        pass
+
+
+def test_the_folder_is_the_variable_or_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.setenv("BLTO_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "blto"
+
+
+def test_a_set_as_large_as_cifar_comes_from_the_cache_in_well_under_a_second() -> None:
+    """Processor time, which other work on the machine does not lengthen; 50,000 images take about 0.1 s."""
+    large = ImageSet(np.zeros((50_000, 3, 32, 32), np.uint8), np.zeros(50_000, np.int64), ("zero",), "large")
+    cached(lambda: "k", lambda: large)
+    started = time.process_time()
+    cached(lambda: "k", lambda: large)
+    assert time.process_time() - started < 1
