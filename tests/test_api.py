@@ -32,7 +32,8 @@ def config(store: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def record(store: Path) -> RunRecord:
-    return blto.run(TINY_EXPERIMENT, store=store, device="cpu", quiet=True)
+    (found,) = blto.run(TINY_EXPERIMENT, store=store, device="cpu", quiet=True)
+    return found
 
 
 def stages(store: Path) -> dict[str, int]:
@@ -62,7 +63,8 @@ def test_the_command_line_makes_the_same_run_and_does_not_make_it_twice(
     before = stages(store)
     assert main(["run", str(config), "--store", str(store), "--device", "cpu", "--quiet", "--json"]) == 0
     captured = capsys.readouterr()
-    assert RunRecord.model_validate_json(captured.out) == record
+    (printed,) = json.loads(captured.out)["runs"]
+    assert RunRecord.model_validate(printed) == record
     assert captured.err == ""
     assert stages(store) == before
 
@@ -77,13 +79,13 @@ def test_the_table_and_the_verdict_are_printed(
 
 
 def test_the_spec_in_the_folder_runs_the_same_thing_again(record: RunRecord, store: Path) -> None:
-    again = blto.run(store / record.run_id / "spec.yaml", store=store, device="cpu", quiet=True)
+    (again,) = blto.run(store / record.run_id / "spec.yaml", store=store, device="cpu", quiet=True)
     assert again == record
 
 
 def test_a_probe_is_changed_without_training_again(record: RunRecord, store: Path, config: Path) -> None:
     before = stages(store)
-    changed = blto.run(config, set=["probes={knn: {k: 5}}"], store=store, device="cpu", quiet=True)
+    (changed,) = blto.run(config, set=["probes={knn: {k: 5}}"], store=store, device="cpu", quiet=True)
     assert set(changed.metrics) == {"knn"}
     assert stages(store) == before
 

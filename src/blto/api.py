@@ -49,12 +49,23 @@ class Options(TypedDict, total=False):
     quiet: bool
 
 
-def run(config: Config, *, set: Sequence[str] = (), seed: int | None = None, **options: Unpack[Options]) -> RunRecord:
+def run(
+    config: Config, *, set: Sequence[str] = (), seed: int | None = None, **options: Unpack[Options]
+) -> list[RunRecord]:
     """Run one experiment to its record: craft, poison, pretrain victim and clean twin, evaluate.
 
-    A run that is already in the store is not run again.
+    The attacks that the configuration lists under `controls` follow, on the same data, seed and clean twin, and with the
+    attack's own options wherever they share one. A run that is already in the store is not run again.
+
+    Returns:
+        The attack's record, then those of its controls.
     """
-    return experiment.run(read_spec(config, set, seed), environment(**options))
+    given, where = read_config(config, set), environment(**options)
+    controls = given.pop("controls", None) or []
+    if not isinstance(controls, list):
+        raise ConfigError(f"controls: {show(controls)} is not a list; give names of attacks, such as [clean].")
+    spec = parse_spec(given, config, set, seed)
+    return [experiment.run(each, where) for each in (spec, *map(spec.with_control, controls))]
 
 
 def craft(
@@ -204,7 +215,7 @@ def load_encoder(path: AnyPath) -> Encoder:
 
 
 def read_spec(config: Config, assignments: Sequence[str], seed: int | None, **absent: Any) -> ExperimentSpec:
-    """The validated spec of a configuration; an error names the file and line, or the `--set`, that caused it.
+    """The validated spec of a configuration, its controls left aside.
 
     Args:
         config: path of a YAML file, or its content.
@@ -212,9 +223,20 @@ def read_spec(config: Config, assignments: Sequence[str], seed: int | None, **ab
         seed: overrules the configuration's, where given.
         absent: keys to fill in where the configuration lacks them.
     """
-    file = None if isinstance(config, Mapping) else Path(config)
+    given = {**absent, **read_config(config, assignments)}
+    given.pop("controls", None)
+    return parse_spec(given, config, assignments, seed)
+
+
+def read_config(config: Config, assignments: Sequence[str]) -> dict[str, Any]:
+    """A configuration as plain data, the assignments applied."""
     given = dict(config) if isinstance(config, Mapping) else load_yaml(Path(config))
-    given = {**absent, **apply_assignments(given, assignments)}
+    return apply_assignments(given, assignments)
+
+
+def parse_spec(given: dict[str, Any], config: Config, assignments: Sequence[str], seed: int | None) -> ExperimentSpec:
+    """Validate plain data; an error names the file and line of `config`, or the `--set`, that caused it."""
+    file = None if isinstance(config, Mapping) else Path(config)
     if seed is not None:
         given["seed"] = seed
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -70,6 +71,15 @@ class ExperimentSpec(BaseModel):
     def parse(cls, given: dict[str, Any]) -> ExperimentSpec:
         """Validate plain data. Raises ConfigError with the key."""
         return validate(cls, given, "")
+
+    def with_control(self, control: str | Mapping[str, Any]) -> ExperimentSpec:
+        """The same experiment with another attack, which takes over the target class, rate, budget and other options
+        that it shares with this one's, except those that `control` gives itself.
+        """
+        own = {"name": control} if isinstance(control, str) else dict(control)
+        known = ATTACKS.schema(own.get("name", "")).model_fields
+        shared = {key: value for key, value in self.attack.items() if key in known}
+        return self.parse({**self.model_dump(mode="json"), "attack": {**shared, **own}})
 
 
 @dataclass(frozen=True)

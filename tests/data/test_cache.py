@@ -10,7 +10,7 @@ from blto.data.cache import FACTS, IMAGES, LABELS, cache_folder, cached, files_k
 from blto.data.images import ImageSet
 from blto.errors import ConfigError, InputRefused
 from blto.files import staged_directory
-from factories import random_images
+from tests.factories import random_images
 
 
 @pytest.fixture(autouse=True)

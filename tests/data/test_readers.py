@@ -252,7 +252,7 @@ class TestImageFolder:
         put_folder(tmp_path / "train", ("dog", "cat"), 3)
         put_folder(tmp_path / "test", ("dog", "cat"), 2)
         spec = {"name": "image_folder", "image_size": 16}
-        train, test = (load(spec, data_root=tmp_path, split=split) for split in ("train", "test"))  # type: ignore[arg-type]
+        train, test = (load(spec, data_root=tmp_path, split=split) for split in ("train", "test"))
         assert train.class_names == test.class_names == ("cat", "dog")
         assert train.labels is not None
         assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -382,9 +382,6 @@ class TestPoisonedSets:
         with pytest.raises(Mismatch, match="marked as poisoned") as caught:
             load(spec, data_root=tmp_path)
         assert caught.value.exit_code == 6
-        if form == "image split":
-            put_folder(tmp_path / "train", ("cat",), 1)
-            os.rename(tmp_path / "train" / "cat", tmp_path / "train" / "kitten")
         assert len(load(spec, data_root=tmp_path, poisoned=True)) in (1, 10)
 
 

@@ -54,6 +54,6 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been_stopped(
         _, err = child.communicate(timeout=600)
     assert (child.returncode, err) == (0, "")
     (resumed,) = RunStore(store).list()
-    straight = blto.run(LONGER, store=tmp_path / "other", device="cpu", quiet=True)
+    (straight,) = blto.run(LONGER, store=tmp_path / "other", device="cpu", quiet=True)
     assert resumed.metrics == straight.metrics
     assert resumed.artefacts == straight.artefacts

@@ -99,7 +99,7 @@ def run(
 ) -> None:
     """Run one experiment: trigger, poisons, victim and clean twin, metrics, record."""
     options = _options(store, data_root, device, resume, quiet)
-    output.print_records([blto.run(config, set=set_ or (), seed=seed, **options)], as_json=as_json)
+    output.print_records(blto.run(config, set=set_ or (), seed=seed, **options), as_json=as_json)
 
 
 @app.command()

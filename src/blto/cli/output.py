@@ -46,7 +46,7 @@ def print_records(records: Sequence[RunRecord], *, as_json: bool, page: Path | N
     """The results of runs: the table, one sentence each on whether the attack took, and the page."""
     if as_json:
         found = [record.model_dump(mode="json") for record in records]
-        print_json({"runs": found, "report": str(page)} if page else found[0])
+        print_json({"runs": found, **({"report": str(page)} if page else {})})
         return
     from blto.report import results_table
     from blto.report.wording import is_attack, verdict
