@@ -57,7 +57,7 @@ def forbidden_call(call: ast.Call, *, writes_files: bool) -> str | None:
         return None if safe else f"calls {owner}.{name}"
     if (owner, name) in {("os", "system"), ("os", "popen"), ("builtins", "eval")}:
         return f"calls {owner}.{name}"
-    if writes_files or (call.args and isinstance(call.args[0], ast.Name) and call.args[0].id == "buffer"):
+    if writes_files or (call.args and ast.unparse(call.args[0]) in {"buffer", "os.devnull"}):
         return None  # a `buffer` is memory
     if (name in WRITERS and owner in WRITER_MODULES) or (owner == "os" and name in OS_WRITERS):
         return f"writes with {owner}.{name}"

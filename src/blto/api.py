@@ -54,8 +54,8 @@ def run(
 ) -> list[RunRecord]:
     """Run one experiment to its record: craft, poison, pretrain victim and clean twin, evaluate.
 
-    The attacks that the configuration lists under `controls` follow, on the same data, seed and clean twin, and with the
-    attack's own options wherever they share one. A run that is already in the store is not run again.
+    The attacks that the configuration lists under `controls` follow, on the same data, seed and clean twin, and with
+    the attack's own options wherever they share one. A run that is already in the store is not run again.
 
     Returns:
         The attack's record, then those of its controls.
@@ -137,9 +137,8 @@ def pretrain(
     Raises:
         Mismatch: the data are marked as poisoned and `poisoned` is not set.
     """
-    permit = ("data.poisoned=true",) if poisoned else ()  # the readers' own option
-    spec, where = read_spec(config, (*set, *permit), seed, attack={"name": "clean"}), environment(**options)
-    images = load(spec.data, data_root=where.data_root, split="train")
+    spec, where = read_spec(config, set, seed, attack={"name": "clean"}), environment(**options)
+    images = load(spec.data, data_root=where.data_root, split="train", poisoned=poisoned)
     stage = experiment.pretrain_stage(spec, images.without_labels(), where)
     return _delivered(stage.path / ENCODER, out)
 

@@ -32,7 +32,7 @@ from blto.evaluation import Follower, evaluate_backdoor, measure_stealth
 from blto.files import atomic_write, make_directory, sha256_file, write_json, write_text
 from blto.files.yaml import dump_yaml
 from blto.models.checkpoints import load_encoder, save_encoder
-from blto.poisoning import PoisonedDataset, Trigger, apply_to_uint8, load_trigger, save_trigger
+from blto.poisoning import PoisonedDataset, Trigger, apply_to_uint8, load_trigger, plan_replacement, save_trigger
 from blto.poisoning.manifest import Manifest, build_manifest
 from blto.pretraining.loop import pretrain
 from blto.pretraining.snapshots import SnapshotObserver, snapshots
@@ -121,6 +121,13 @@ def build_attack(spec: ExperimentSpec, data: Data) -> Attack:
     """The attack of a spec, checked against the data before anything is written."""
     attack = ATTACKS.build(spec.attack)
     check_target(data.train, attack.target_class)
+    plan_replacement(  # an impossible poison rate shows now, not after the trigger was learned
+        data.train.labels,
+        num_classes=data.train.num_classes,
+        target_class=attack.target_class,
+        poison_rate=attack.poison_rate,
+        seed=spec.seed,
+    )
     return attack
 
 

@@ -14,7 +14,6 @@ from blto.attacks.bilevel import BilevelOptimisation
 from blto.attacks.blto import BLTO
 from blto.attacks.objective import similarities
 from blto.attacks.untrained_generator import fresh_generator_trigger
-from blto.data.images import ImageSet
 from blto.errors import ConfigError, Interrupted
 from blto.poisoning import GeneratorTrigger
 from tests.factories import random_images, tiny_bilevel
@@ -44,14 +43,16 @@ def test_the_objective_on_features_made_by_hand() -> None:
     halfway = torch.tensor([1.0, 1.0]).repeat(4, 1)
     raw = similarities(halfway, references, clean, centred=False, centroid=True)
     assert raw.triggered == pytest.approx(2**-0.5)
-    assert (raw.clean, raw.target) == (pytest.approx(0), pytest.approx(1))
+    assert raw.clean == pytest.approx(0)
+    assert raw.target == pytest.approx(1)
     pairwise = similarities(halfway, references, clean, centred=False, centroid=False)
     assert pairwise.triggered == pytest.approx(2**-0.5)
     shifted = [f + 100 * east for f in (halfway, references, clean)]
     hidden = similarities(*shifted, centred=False, centroid=True)
     assert hidden.clean > 0.99  # a shared direction hides everything from the raw cosine
     seen = similarities(*shifted, centred=True, centroid=True)
-    assert seen.triggered == pytest.approx(2**-0.5, abs=1e-3) or seen.triggered > seen.clean
+    assert seen.clean == pytest.approx(0, abs=1e-3)
+    assert seen.triggered > 0.7
 
 
 def test_only_the_triggered_side_carries_a_gradient() -> None:
@@ -108,16 +109,15 @@ def test_the_surrogate_starts_anew_each_period_and_never_when_frozen() -> None:
 
 
 def test_outer_steps_raise_the_similarity_on_a_frozen_surrogate() -> None:
-    """Positive control of the outer problem: with a large budget the trigger reaches the target."""
-    pixels = IMAGES.images.copy()
-    pixels[1::4, :, :, ::2] = 255  # the target class, 1, has stripes
-    striped = ImageSet(pixels, IMAGES.labels, IMAGES.class_names, "striped")
+    """Positive control of the outer problem: on one draw of images and views, a large budget reaches the target."""
     trigger = fresh_generator_trigger({"name": "unet", "width": 8}, 0.5, "residual", seed=0)
-    spec = tiny_bilevel(outer_lr=0.01, outer_batch_size=16, rounds=60)
-    run = BilevelOptimisation(trigger, striped, spec, target_class=1, poison_rate=0.1, seed=0, frozen=True)
-    found = [run.one_round() for _ in range(60)]
-    start, end = (float(sum(f.triggered for f in part)) / 10 for part in (found[:10], found[-10:]))
-    assert end > start + 0.3
+    spec = tiny_bilevel(outer_lr=3e-3, outer_batch_size=16, similarity="raw", warm_start_steps=20)
+    run = BilevelOptimisation(trigger, IMAGES, spec, target_class=1, poison_rate=0.1, seed=0, frozen=True)
+    run.one_round()
+    found = [run.outer_step(0) for _ in range(40)]
+    start, end = float(found[0].triggered), float(found[-1].triggered)
+    assert end > start + 0.05
+    assert end > float(found[-1].clean) + 0.05
 
 
 def test_the_same_seed_gives_the_same_trigger() -> None:

@@ -98,7 +98,7 @@ def test_the_bytes_are_frozen() -> None:
 def test_the_first_images_do_not_depend_on_how_many_there_are() -> None:
     few, many = (Synthetic(train_size=size).load("train") for size in (333, 700))
     np.testing.assert_array_equal(few.images, many.images[:333])
-    np.testing.assert_array_equal(few.labels, many.labels[:333])  # type: ignore[arg-type,index]
+    np.testing.assert_array_equal(few.labels, many.labels[:333])  # type: ignore[index]
 
 
 def test_splits_and_seeds_differ() -> None:

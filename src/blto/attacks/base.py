@@ -26,8 +26,8 @@ def _fraction(given: object) -> object:
     return given
 
 
-Epsilon = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
-PoisonRate = Annotated[float, BeforeValidator(_fraction), Field(ge=0, le=1)]
+Epsilon = Annotated[float, Field(gt=0, le=1), BeforeValidator(_fraction)]
+PoisonRate = Annotated[float, Field(ge=0, le=1), BeforeValidator(_fraction)]
 TargetClass = Annotated[int, Field(ge=0)]
 
 

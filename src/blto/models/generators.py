@@ -5,7 +5,7 @@ A generator maps images (B, 3, H, W) in [0, 1] to a raw output of the same shape
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,28 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from blto.registry import Card
+
+
+class Bounded(torch.autograd.Function):
+    """Clamp to [-1, 1] whose gradient is zero only where following it would lead further out.
+
+    An L-infinity budget is spent at its bounds, and there a tanh or a plain clamp has no gradient left: after a few
+    hundred steps the whole output stands still. Here a value at or beyond a bound can always come back.
+    """
+
+    @staticmethod
+    def forward(context: Any, raw: Tensor) -> Tensor:
+        """(...) -> (...) in [-1, 1]."""
+        context.save_for_backward(raw)
+        bounded: Tensor = raw.clamp(-1, 1)
+        return bounded
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        """Descent moves against the gradient: it leads inward where value and gradient have the same sign."""
+        (raw,) = context.saved_tensors
+        kept: Tensor = gradient * ((raw.abs() < 1) | (raw * gradient > 0))
+        return kept
 
 
 class ResidualBlock(nn.Module):
@@ -121,4 +143,5 @@ class UNetGenerator(nn.Module):
         half = F.leaky_relu(self.up1(torch.cat((up, half), dim=1)), 0.1)
         up = F.interpolate(half, size=full.shape[-2:], mode="nearest")
         full = F.leaky_relu(self.up2(torch.cat((up, full), dim=1)), 0.1)
-        return torch.tanh(self.head(full))
+        bounded: Tensor = Bounded.apply(self.head(full))
+        return bounded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -46,6 +47,7 @@ def fabric(device: str = "auto", precision: Precision = "auto") -> Fabric:
     """The Fabric that places modules, autocasts and runs backward passes. One per (device, precision)."""
     from lightning_fabric import Fabric
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on standard error
     device = resolve_device(device)
     mode = "bf16-mixed" if resolve_precision(precision, device) == "bf16" else "32-true"
     return Fabric(accelerator=device, devices=1, precision=mode)
