@@ -177,7 +177,6 @@ def test_lift_interval_follows_the_larger_reference() -> None:
         {"twin_triggered_predictions": LABELS[:, None]},
         {"twin_triggered_predictions": np.full(1000, -1)},
         {"triggered_predictions": np.full(1000, CLASSES)},
-        {"labels": np.full(1000, TARGET)},
         {"labels": np.zeros(0, dtype=int)},
         {"labels": LABELS.astype(float)},
     ],
@@ -186,6 +185,11 @@ def test_lift_interval_follows_the_larger_reference() -> None:
 def test_what_cannot_be_counted_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         measure(**changed)
+
+
+def test_a_test_set_of_the_target_class_alone_is_refused() -> None:
+    with pytest.raises(ConfigError, match="images of other classes"):
+        measure(labels=np.full(1000, TARGET))
 
 
 def test_a_test_set_may_lack_the_target_class() -> None:
@@ -199,6 +203,7 @@ def test_aggregate_is_the_t_interval_over_seeds() -> None:
     half = 4.302653 * 0.2 / math.sqrt(3)
     assert (found.value, found.low, found.high) == pytest.approx((0.4, 0.4 - half, 0.4 + half), abs=1e-6)
     assert found.n == 3
+    assert aggregate([0.2, 0.4]).low == pytest.approx(0.3 - 12.706205 * 0.1, abs=1e-5)
     assert aggregate([0.25]) == Metric(value=0.25, low=None, high=None, n=1)
 
 

@@ -108,7 +108,7 @@ def test_paired_interval_refuses_impossible_counts(gained: int, lost: int, n: in
 
 @pytest.mark.parametrize(
     ("asr", "twin", "untriggered"),
-    [(0.6, 0.3, 0.02), (0.6, 0.3, 0.3), (0.1, 0.1, 0.1), (0.02, 0.02, 0.01), (0.99, 0.01, 0.01)],
+    [(0.6, 0.3, 0.02), (0.6, 0.3, 0.3), (0.6, 0.3, 0.29), (0.1, 0.1, 0.1), (0.02, 0.02, 0.01), (0.95, 0.05, 0.05)],
 )
 def test_lift_interval_covers_what_it_promises(asr: float, twin: float, untriggered: float) -> None:
     # One latent difficulty per image couples its three answers. Tied references are the hard case.
@@ -121,18 +121,18 @@ def test_lift_interval_covers_what_it_promises(asr: float, twin: float, untrigge
     truth = asr - max(twin, untriggered)
     covered = 0
     for one in hits:
-        low, high = lift_interval(one[:, 0], [one[:, 1], one[:, 2]])
+        low, high = lift_interval(*one.T)
         estimate = one[:, 0].mean() - max(one[:, 1].mean(), one[:, 2].mean())
         assert low <= estimate <= high
         covered += low <= truth <= high
-    assert 0.94 <= covered / draws <= 0.99
+    assert 0.94 <= covered / draws <= 0.98
 
 
 def test_lift_interval_is_paired() -> None:
     # The same images are hit with and without poison: no image speaks against equality, however many are hit.
     hits = np.arange(400) % 2 == 0
     shuffled = np.random.default_rng(0).permutation(hits)
-    width, unpaired = (high - low for low, high in (lift_interval(hits, [other]) for other in (hits, shuffled)))
+    width, unpaired = (high - low for low, high in (lift_interval(hits, other, other) for other in (hits, shuffled)))
     assert width < unpaired / 5
 
 
@@ -140,15 +140,16 @@ def test_lift_interval_does_not_depend_on_the_order_of_images_or_references() ->
     rng = np.random.default_rng(3)
     hits, first, second = rng.random((3, 50)) < 0.4
     order = rng.permutation(50)
-    expected = lift_interval(hits, [first, second])
-    assert lift_interval(hits[order], [second[order], first[order]]) == expected
+    expected = lift_interval(hits, first, second)
+    assert lift_interval(hits[order], second[order], first[order]) == expected
 
 
 def test_lift_interval_refuses_what_is_not_one_set_of_images() -> None:
     hits = np.ones(4, dtype=bool)
-    for references in ([], [hits[:3]], [hits.astype(int)]):
+    none = hits[:0]
+    for arrays in ((hits, hits, hits[:3]), (hits, hits.astype(int), hits), (none, none, none)):
         with pytest.raises(ConfigError):
-            lift_interval(hits, references)
+            lift_interval(*arrays)
 
 
 @pytest.mark.parametrize(

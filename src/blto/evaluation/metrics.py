@@ -89,7 +89,7 @@ def backdoor_metrics(
     hits = triggered[other] == target_class
     untriggered = clean[other] == target_class
     twin_hits = twin[other] == target_class
-    low, high = lift_interval(hits, [untriggered, twin_hits])
+    low, high = lift_interval(hits, untriggered, twin_hits)
     lift = float(hits.mean()) - max(float(untriggered.mean()), float(twin_hits.mean()))
     return {
         "clean_accuracy": rate(clean == truth),

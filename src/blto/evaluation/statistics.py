@@ -90,34 +90,36 @@ def paired_difference_interval(gained: int, lost: int, n: int, level: float = 0.
 
 
 def lift_interval(
-    hits: npt.NDArray[np.bool_], references: Sequence[npt.NDArray[np.bool_]], level: float = 0.95
+    hits: npt.NDArray[np.bool_],
+    first: npt.NDArray[np.bool_],
+    second: npt.NDArray[np.bool_],
+    level: float = 0.95,
 ) -> Interval:
-    """The interval of a lift, mean(hits) - max over references of mean(reference), all on the same images.
+    """The interval of a lift, mean(hits) - max(mean(first), mean(second)), all three on the same images.
 
-    The lift is the smallest of K paired differences, and which one is smallest is itself estimated. The low limit is
-    the smallest low limit: it is too high only if that of the truly smallest difference is (error <= alpha / 2). The
-    high limit is the smallest of high limits that each have error alpha / (2 K): every difference is at least the lift,
-    so by the union bound theirs is too low with probability <= alpha / 2. Hence coverage of at least `level` whether
-    the references are far apart or tied, up to the accuracy of `paired_difference_interval`.
+    The lift is the smaller of two paired differences, so its limits are the smaller low limit and the smaller high one.
+    That covers with at least `level` (in normal theory, for any gap and any correlation between the two), although
+    which reference is the larger is itself estimated: with references far apart each limit misses alpha / 2 of the
+    time; with tied ones the high limit misses up to alpha, but the low one only when both intervals lie too high.
 
     Args:
         hits: bool (n,), whether the trigger took each image to the target.
-        references: K arrays of bool (n,), the innocent explanations of the same images.
+        first, second: bool (n,), the innocent explanations of the same images.
         level: nominal coverage, in (0, 1).
 
     Raises:
-        ConfigError: no image, no reference, not boolean, or lengths that differ.
+        ConfigError: no image, not boolean, or lengths that differ.
     """
-    arrays = [np.asarray(array) for array in (hits, *references)]
-    if len(arrays) < 2 or any(a.dtype != np.bool_ or a.ndim != 1 or a.shape != arrays[0].shape for a in arrays):
+    arrays = [np.asarray(array) for array in (hits, first, second)]
+    if any(a.dtype != np.bool_ or a.ndim != 1 or a.shape != arrays[0].shape for a in arrays):
         shown = ", ".join(f"{a.dtype} {a.shape}" for a in arrays)
-        raise ConfigError(f"lift of {shown}; give hits and at least one reference, all boolean and of one length.")
-    first, n = arrays[0], len(arrays[0])
-    counts = [(int((first & ~other).sum()), int((other & ~first).sum())) for other in arrays[1:]]
-    shared_level = 1 - (1 - level) / len(counts)
-    low = min(paired_difference_interval(gained, lost, n, level)[0] for gained, lost in counts)
-    high = min(paired_difference_interval(gained, lost, n, shared_level)[1] for gained, lost in counts)
-    return (low, high)
+        raise ConfigError(f"lift of {shown}; give three boolean arrays of one length.")
+    taken, *references = arrays
+    intervals = [
+        paired_difference_interval(int((taken & ~other).sum()), int((other & ~taken).sum()), len(taken), level)
+        for other in references
+    ]
+    return (min(low for low, _ in intervals), min(high for _, high in intervals))
 
 
 def sign_flip_test(differences: Sequence[float] | npt.NDArray[Any]) -> float:
