@@ -1,0 +1,99 @@
+"""The main job on embedded data, minutes long: what the data promise, a null attack, and a planted positive control."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import blto
+from blto.data import load
+from blto.data.images import ImageSet
+from blto.evaluation import Evaluation, evaluate_backdoor, extract, fit_probe
+from blto.models.encoder import Encoder
+from blto.poisoning import AdditiveTrigger, Budget, PoisonedDataset, apply_to_uint8, plan_replacement
+from blto.pretraining.loop import pretrain
+from blto.pretraining.spec import PretrainingSpec
+
+RECIPE = PretrainingSpec.model_validate(
+    {
+        "method": {"name": "simclr", "temperature": 0.2},
+        "backbone": {"name": "small_resnet", "width": 24},
+        "views": "simsiam_cifar",
+        "batch_size": 256,
+        "epochs": 15,
+        "optimizer": {"lr": 0.12},
+    }
+)
+TARGET = 1
+
+
+@cache
+def data(split: str, generator_seed: int = 100) -> ImageSet:
+    return load({"name": "synthetic", "generator_seed": generator_seed}, split="train" if split == "train" else "test")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@cache
+def encoder(images: ImageSet, seed: int = 100) -> Encoder:
+    return pretrain(images, RECIPE, seed=seed, observations=0).encoder
+
+
+@cache
+def clean_twin() -> Encoder:
+    return encoder(data("train").without_labels())
+
+
+def attacked(trigger: AdditiveTrigger, poison_rate: float) -> Evaluation:
+    """Poison, pretrain and measure beside the clean twin."""
+    train, test = data("train"), data("test")
+    plan = plan_replacement(train.labels, num_classes=10, target_class=TARGET, poison_rate=poison_rate, seed=100)
+    poisoned = PoisonedDataset(train, plan, apply_to_uint8(trigger, train.images[plan.indices]))
+    return evaluate_backdoor(
+        encoder(poisoned.training_images()),
+        clean_twin(),
+        train=train,
+        test=test,
+        triggered=apply_to_uint8(trigger, test.images),
+        target_class=TARGET,
+        probes={"linear": {}},
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("generator_seed", [0, 1, 2])
+def test_an_ssl_encoder_of_the_demos_size_passes_70_percent(generator_seed: int) -> None:
+    train, test = data("train", generator_seed), data("test", generator_seed)
+    trained = pretrain(
+        train.without_labels(), RECIPE.model_copy(update={"epochs": 20}), seed=generator_seed, observations=0
+    ).encoder
+    predict = fit_probe("linear", extract(trained, train.images, train.labels), 10)
+    assert (predict(extract(trained, test.images).vectors) == test.labels).mean() > 0.70
+
+
+@pytest.mark.full
+def test_with_epsilon_0_the_lift_is_within_2_points() -> None:
+    lift = attacked(AdditiveTrigger(torch.zeros(3, 32, 32), Budget(0.0)), 0.05).metrics["linear"]["lift"]
+    assert lift.value is not None
+    assert abs(lift.value) <= 0.02
+
+
+@pytest.mark.full
+def test_the_clean_control_changes_nothing(tmp_path: Path) -> None:
+    config = {
+        "data": {"name": "synthetic", "train_size": 600, "test_size": 300},
+        "attack": {"name": "clean", "target_class": TARGET},
+        "pretraining": RECIPE.model_copy(update={"epochs": 2, "batch_size": 64}).model_dump(mode="json"),
+    }
+    (record,) = blto.run(config, store=tmp_path, quiet=True)
+    for metrics in record.metrics.values():
+        assert metrics["lift"].value == pytest.approx(0, abs=1e-12)
+        assert metrics["clean_accuracy"] == metrics["clean_accuracy_clean_twin"]
+    assert record.stealth["linf"] == 0
+    assert not record.took
