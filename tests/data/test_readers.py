@@ -280,6 +280,7 @@ class TestImageFolder:
         assert np.bincount(train.labels).tolist() == [7, 7, 1]  # type: ignore[arg-type]
         assert np.bincount(test.labels).tolist() == [3, 3]  # type: ignore[arg-type]
         assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}
+        assert np.bincount(part("train", test_fraction=0.95).labels).tolist() == [1, 1, 1]  # type: ignore[arg-type]
         assert test.content_hash == part("test", test_fraction=0.3).content_hash
         assert test.content_hash != part("test", test_fraction=0.3, split_seed=1).content_hash
 
@@ -323,17 +324,18 @@ class TestImageFolder:
         cat = root / "train" / "cat"
         os.symlink(cat / "00.png", cat / "again.png")
         assert len(load("image_folder", data_root=root)) == 3
-        odd = [
-            (cat / "escape.png", outside / "dog" / "00.png"),
-            (cat / "folder", outside / "dog"),
-            (cat / "loop", root / "train"),
-            (cat / "self.png", cat / "self.png"),
-            (root / "train" / "dog", outside / "dog"),
-            (cat / "device.png", Path("/dev/zero")),
+        refused = [
+            (cat / "escape.png", outside / "dog" / "00.png", "a link"),
+            (cat / "folder", outside / "dog", "a link"),
+            (cat / "loop", root / "train", "a link"),
+            (cat / "self.png", cat / "self.png", "cannot be opened"),
+            (cat / "device.png", Path("/dev/zero"), "a link"),
+            (root / "train" / "dog", outside / "dog", "a link"),
+            (root / "train" / "twin", cat, "a link"),
         ]
-        for link, target in odd:
+        for link, target, reason in refused:
             os.symlink(target, link)
-            with pytest.raises(InputRefused, match=link.name):
+            with pytest.raises(InputRefused, match=f"{link.name}: {reason}"):
                 load("image_folder", data_root=root)
             link.unlink()
         os.mkfifo(cat / "pipe.png")

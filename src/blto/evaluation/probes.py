@@ -187,8 +187,8 @@ class LinearProbe:
         matrix, classes = _labeled(features, labels, num_classes)
         x = matrix.double()
         mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
-        # A dimension that is constant up to float32 rounding stays as it is: its weight ends at 0.
-        scale = torch.where(scale > 1e-6 * mean.abs(), scale, 1.0)
+        # A dimension that is constant up to float32 rounding is taken out: divided by infinity, its weight is 0.
+        scale = torch.where(scale > 1e-6 * mean.abs(), scale, torch.inf)
         weight, bias = fit_logistic(
             x.sub_(mean).div_(scale),
             classes,
