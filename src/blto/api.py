@@ -106,14 +106,14 @@ def poison(
     file = Path(trigger) if trigger is not None else experiment.craft_stage(spec, data, where).path / TRIGGER
     pattern = poisoning.load_trigger(file)
     dataset = poison_with(attack, pattern, data.train, seed=spec.seed)
-    source = spec.data.get("path")
+    path = spec.data.get("path")
     write_poisoned(
         dataset,
         pattern,
         seeds={"run": spec.seed},
         out=Path(out),
         layout=layout,
-        source=Path(source) if isinstance(source, str) else None,
+        source=(where.data_root or Path()) / path if isinstance(path, str) else None,
     )
     return Path(out)
 
@@ -250,10 +250,10 @@ def parse_spec(given: dict[str, Any], config: Config, assignments: Sequence[str]
 
 def environment(**options: Unpack[Options]) -> Environment:
     """The options as the experiment takes them."""
-    data_root = options.get("data_root")
+    data_root = options.get("data_root") or os.environ.get("BLTO_DATA")
     return Environment(
         store=RunStore(Path(options.get("store", "runs"))),
-        data_root=None if data_root is None else Path(data_root),
+        data_root=Path(data_root) if data_root else None,
         device=options.get("device", "auto"),
         resume=options.get("resume", False),
         progress=Progress(quiet=options.get("quiet", False)),

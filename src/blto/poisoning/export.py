@@ -6,6 +6,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from blto.data.marker import MARKER_FILE, MARKER_KEY
 from blto.errors import ConfigError, InputRefused
 from blto.files import make_directory, safe_join, sha256_file, show, staged_directory, write_json, write_staged
 from blto.files.images import encode_png
@@ -14,8 +15,6 @@ from blto.poisoning.dataset import PoisonedDataset
 from blto.poisoning.manifest import MANIFEST_FILE, Layout, Manifest, build_manifest
 from blto.poisoning.trigger import Trigger
 
-MARKER_FILE = "POISONED.json"
-MARKER_KEY = "blto_poisoned"
 PARQUET_FILE = "train.parquet"
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from blto.data.marker import MARKER_FILE, MARKER_KEY
 from blto.errors import InputRefused, Mismatch
 from blto.files import read_bytes, sha256_bytes, sha256_file, show
 from blto.files.images import decode_image
 from blto.files.parquet import read_class_names, read_image_parquet, read_parquet_metadata
 from blto.files.reading import parse_json
-from blto.poisoning.export import MARKER_FILE, MARKER_KEY, PARQUET_FILE, class_folders, image_paths, marker_content
+from blto.poisoning.export import PARQUET_FILE, class_folders, image_paths, marker_content
 from blto.poisoning.manifest import MANIFEST_FILE, Layout, Manifest, combined_hash, parse_manifest, pixel_hash
 
 
