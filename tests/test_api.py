@@ -57,6 +57,18 @@ def test_run_leaves_the_folder_that_the_architecture_promises(record: RunRecord,
     assert set(record.metrics) == {"linear", "knn"}
 
 
+def test_a_surrogate_may_have_a_view_recipe_with_changes(store: Path) -> None:
+    views = {"name": "simclr_cifar", "grayscale_probability": 0.5}
+    bilevel = TINY_EXPERIMENT["attack"]["bilevel"]
+    surrogate = {**bilevel["surrogate"], "views": views}
+    config = TINY_EXPERIMENT | {"attack": TINY_EXPERIMENT["attack"] | {"bilevel": {**bilevel, "surrogate": surrogate}}}
+    config |= {"pretraining": TINY_EXPERIMENT["pretraining"] | {"views": views}}
+    (found,) = blto.run(config, store=store, device="cpu", quiet=True)
+    kept = found.spec["attack"]["bilevel"]["surrogate"]["views"]
+    assert kept["grayscale_probability"] == 0.5
+    assert kept == found.spec["pretraining"]["views"]
+
+
 def test_the_command_line_makes_the_same_run_and_does_not_make_it_twice(
     record: RunRecord, store: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

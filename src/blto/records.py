@@ -66,7 +66,7 @@ class RunRecord(BaseModel):
         stealth: "linf", "psnr" (dB), "ssim" and more, of triggered against clean test images.
         trajectory: one entry per observed epoch of the victim: "epoch" and what was measured.
         trajectory_clean_twin: the same for the clean twin.
-        crafting: one entry per observed round of the trigger's training: "round" and what the surrogate showed.
+        crafting: one entry per observed step of the trigger's training: "step" and what the surrogate showed.
         provenance: versions, hashes, seeds, device, times.
         artefacts: file name inside the run's folder -> sha256.
     """

@@ -156,7 +156,8 @@ def validate(model: type[M], given: Mapping[str, Any], where: str) -> M:
 def _refuse_truth_for_numbers(given: Mapping[str, Any], built: BaseModel, where: str) -> None:
     """`seed: true` is a slip, not the number 1, which pydantic would make of it."""
     for name, value in given.items():
-        got, key = getattr(built, name), f"{where}.{name}".removeprefix(".")
+        # A key that a field's own reading has used up (the `name` of a view recipe) is no attribute of what was built.
+        got, key = getattr(built, name, None), f"{where}.{name}".removeprefix(".")
         if isinstance(value, bool) and isinstance(got, int | float) and not isinstance(got, bool):
             raise ConfigError(f"{key}: input should be a number, not true or false (given: {value}).")
         if isinstance(value, Mapping) and isinstance(got, BaseModel):

@@ -23,7 +23,7 @@ ROWS: list[dict[str, Any]] = [
     for e in (0, 10, 20)
 ]
 CRAFTING: list[dict[str, Any]] = [
-    {"round": r, "period": r // 20, "trigger": 0.2, "clean": 0.0, "target": 0.5} for r in (10, 20, 30, 40)
+    {"step": r, "period": r // 20, "trigger": 0.2, "clean": 0.0, "target": 0.5} for r in (10, 20, 30, 40)
 ]
 
 

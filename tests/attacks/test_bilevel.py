@@ -12,7 +12,7 @@ from blto.attacks import ATTACKS
 from blto.attacks.base import Surroundings, poison_with
 from blto.attacks.bilevel import BilevelOptimisation
 from blto.attacks.blto import BLTO
-from blto.attacks.objective import similarities
+from blto.attacks.objective import similarities, whitening_basis
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.errors import ConfigError, Interrupted
 from blto.poisoning import GeneratorTrigger
@@ -84,26 +84,40 @@ def test_an_inner_step_moves_the_surrogate_alone_and_refreshes_its_poisons() -> 
 def test_an_outer_step_moves_the_trigger_alone(batch_norm: str, layer: str) -> None:
     run = optimisation(batch_norm=batch_norm, feature_layer=layer)
     trigger, surrogate = parameters(run.trigger), parameters(run.surrogate.method)
-    run.outer_step(0)
+    run.outer_step(0, 1e-3)
     assert not unchanged(run.trigger, trigger)
     assert unchanged(run.surrogate.method, surrogate), "weights or batch-norm statistics of the surrogate moved"
     assert all(p.grad is None for p in run.surrogate.method.parameters())
 
 
-def test_the_surrogate_starts_anew_each_period_and_never_when_frozen() -> None:
-    run = optimisation()
-    seen = []
-    for _ in range(6):
-        run.one_round()
-        seen.append(id(run.surrogate))
-        assert run.surrogate.step == run.spec.warm_start_steps + (run.round - 1) % 3 + 1
-    assert len(set(seen)) == 2
-    frozen = optimisation(frozen=True)
-    frozen.one_round()
+def test_steps_alternate_and_the_surrogate_starts_anew_each_period() -> None:
+    run = optimisation(rounds=5, inner_steps=2, outer_steps=1, reinitialise_every=3, warm_start_steps=1)
+    kinds, surrogates, outer = "", [], []
+    while run.position < run.total_steps:
+        before = run.surrogate.step, run.outer_steps
+        found = run.step()
+        kinds += "i" if found is None else "o"
+        assert (found is None) == (run.outer_steps == before[1])
+        surrogates.append(id(run.surrogate))
+        outer.append(run.optimizer.param_groups[0]["lr"])
+        assert run.surrogate.total_steps == 1 + 3 * 2
+    assert kinds == "i" + 3 * "iio" + "i" + 2 * "iio"
+    assert len(set(surrogates)) == 2
+    assert surrogates[9] == surrogates[0] != surrogates[10]
+    rates = [rate for kind, rate in zip(kinds, outer, strict=True) if kind == "o"]
+    peak = run.spec.outer_lr
+    assert rates == pytest.approx([peak, 0.75 * peak, 0.25 * peak, peak, 0.5 * peak])  # half a cosine each period
+
+
+def test_a_frozen_surrogate_is_trained_once_on_clean_images() -> None:
+    frozen = optimisation(frozen=True, rounds=6)
+    while frozen.outer_steps < 1:
+        frozen.step()
     surrogate = parameters(frozen.surrogate.method)
     assert frozen.surrogate.step == 4  # warm start and one period
-    for _ in range(5):
-        frozen.one_round()
+    while frozen.position < frozen.total_steps:
+        frozen.step()
+    assert frozen.outer_steps == 6 * frozen.spec.outer_steps
     assert unchanged(frozen.surrogate.method, surrogate)
     assert not frozen.is_poisoned.any()
 
@@ -111,13 +125,55 @@ def test_the_surrogate_starts_anew_each_period_and_never_when_frozen() -> None:
 def test_outer_steps_raise_the_similarity_on_a_frozen_surrogate() -> None:
     """Positive control of the outer problem: on one draw of images and views, a large budget reaches the target."""
     trigger = fresh_generator_trigger({"name": "unet", "width": 8}, 0.5, "residual", seed=0)
-    spec = tiny_bilevel(outer_lr=3e-3, outer_batch_size=16, similarity="raw", warm_start_steps=20)
+    spec = tiny_bilevel(outer_batch_size=16, similarity="raw", warm_start_steps=20)
     run = BilevelOptimisation(trigger, IMAGES, spec, target_class=1, poison_rate=0.1, seed=0, frozen=True)
-    run.one_round()
-    found = [run.outer_step(0) for _ in range(40)]
+    while run.outer_steps < 1:
+        run.step()
+    found = [run.outer_step(0, 3e-3) for _ in range(40)]
     start, end = float(found[0].triggered), float(found[-1].triggered)
     assert end > start + 0.05
     assert end > float(found[-1].clean) + 0.05
+
+
+def test_the_trigger_does_not_get_stuck_at_its_bounds() -> None:
+    """However far it is pushed, every value keeps a gradient, and images keep residuals of their own."""
+    trigger = fresh_generator_trigger({"name": "unet", "width": 8}, 8 / 255, "residual", seed=0)
+    images = torch.rand(16, 3, 16, 16)
+    optimizer = torch.optim.Adam(trigger.parameters(), lr=1e-2)
+    for sign in (1, -1):  # everything to the upper bound, then everything to the lower
+        for _ in range(60):
+            optimizer.zero_grad()
+            (-sign * trigger.candidate(images).mean()).backward()
+            optimizer.step()
+        shift = (trigger.candidate(images) - images).mean() * 255 / 8
+        assert sign * shift > 0.8
+
+
+def test_whitening_evens_out_the_directions_and_finds_the_discriminant() -> None:
+    torch.manual_seed(0)
+    shared = torch.randn(4000, 1) * torch.tensor([10.0, 0.0])  # varies most, and says nothing of the class
+    features = shared + 0.5 * torch.randn(4000, 2)
+    basis = whitening_basis(features, 1e-6)
+    torch.testing.assert_close(torch.cov((features @ basis).T), torch.eye(2), atol=1e-3, rtol=0)
+    references = features[:2000] + torch.tensor([10.0, 3.0])
+    sides = features[2000:] + torch.tensor([10.0, 0.0]), references, features[2000:]
+    plain = similarities(*sides, centred=True, centroid=True)
+    white = similarities(*sides, centred=True, centroid=True, basis=basis)
+    assert plain.triggered > 0.8 * plain.target  # moved along the shared direction alone, and yet it seems near
+    assert white.triggered < 0.3 * white.target
+    almost_none = whitening_basis(features, 1e9)
+    weak = similarities(*sides, centred=True, centroid=True, basis=almost_none)
+    assert weak.triggered == pytest.approx(float(plain.triggered), abs=1e-3)
+
+
+def test_whitening_follows_the_surrogate_and_survives_fewer_images_than_dimensions() -> None:
+    run = optimisation(similarity="whitened")
+    while run.outer_steps < 1:
+        run.step()
+    assert run.basis is not None
+    assert run.basis.shape == (run.surrogate.method.encoder.feature_dim,) * 2
+    assert torch.isfinite(run.basis).all()
+    assert optimisation(similarity="centred").basis is None
 
 
 def test_the_same_seed_gives_the_same_trigger() -> None:
@@ -129,19 +185,21 @@ def test_the_same_seed_gives_the_same_trigger() -> None:
     assert other.trigger.identity != first.trigger.identity
 
 
-@pytest.mark.parametrize("rounds", [1, 3, 4])  # mid-period, last of a period, first of the next
+@pytest.mark.parametrize("steps", [1, 4, 5, 8, 9])  # warm start, inner, outer; last of a period, first of the next
+@pytest.mark.parametrize("similarity", ["whitened", "raw"])
 @pytest.mark.parametrize(
     "generator", [GENERATOR, {"name": "resnet", "width": 4, "blocks": 1}]
 )  # the latter has dropout
 def test_crafting_resumes_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, generator: dict[str, object]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, similarity: str, generator: dict[str, object]
 ) -> None:
-    attack = BLTO(target_class=1, poison_rate=0.1, generator=generator, bilevel=tiny_bilevel())
+    spec = tiny_bilevel(rounds=5, outer_steps=1, reinitialise_every=3, warm_start_steps=2, similarity=similarity)
+    attack = BLTO(target_class=1, poison_rate=0.1, generator=generator, bilevel=spec)
     whole = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
-    original = BilevelOptimisation.one_round
+    original = BilevelOptimisation.step
 
     def stopping(self: BilevelOptimisation) -> object:
-        if self.round == rounds - 1:
+        if self.position == steps - 1:
             import os
             import signal
 
@@ -149,8 +207,8 @@ def test_crafting_resumes_bit_for_bit(
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BilevelOptimisation, "one_round", stopping)
-        with pytest.raises(Interrupted, match=f"stopped at round {rounds} of 6") as caught:
+        patch.setattr(BilevelOptimisation, "step", stopping)
+        with pytest.raises(Interrupted, match=f"stopped at step {steps} of 14") as caught:
             attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path))
     assert caught.value.exit_code == 143
     resumed = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path, resume=True))

@@ -121,3 +121,10 @@ def test_a_store_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[s
     write()
     Path("runs").write_text("a file, not a folder")
     assert "runs" in refused(capsys, "run", "a.yaml", "--quiet", code=4)
+
+
+def test_a_report_of_no_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "report", "runs/nothing", code=3)
+    assert line.startswith("blto: error[INPUT-REFUSED]: ")
+    assert "no such record" in line
+    assert not Path("runs").exists()

@@ -11,6 +11,7 @@ import torch
 import blto
 from blto.data import load
 from blto.data.images import ImageSet
+from blto.demo import CONFIG
 from blto.evaluation import Evaluation, evaluate_backdoor, extract, fit_probe
 from blto.models.encoder import Encoder
 from blto.poisoning import AdditiveTrigger, Budget, PoisonedDataset, apply_to_uint8, plan_replacement
@@ -75,6 +76,26 @@ def test_an_ssl_encoder_of_the_demos_size_passes_70_percent(generator_seed: int)
     ).encoder
     predict = fit_probe("linear", extract(trained, train.images, train.labels), 10)
     assert (predict(extract(trained, test.images).vectors) == test.labels).mean() > 0.70
+
+
+@pytest.mark.full
+def test_the_backdoor_takes_and_an_untrained_generator_does_not(tmp_path: Path) -> None:
+    """The demo's own configuration on other images and another seed: the positive control of everything above it."""
+    config = CONFIG | {"data": {"name": "synthetic", "generator_seed": 102}}
+    attack, clean, untrained = blto.run(config, seed=102, store=tmp_path, quiet=True)
+    for probe in ("linear", "knn"):
+        found = attack.metrics[probe]
+        values = {name: metric.value or 0.0 for name, metric in found.items()}
+        assert values["lift"] >= 0.2
+        assert values["untriggered_rate"] <= 0.05  # nothing shows without the trigger
+        assert abs(values["clean_accuracy"] - values["clean_accuracy_clean_twin"]) <= 0.1
+    assert attack.took
+    assert attack.stealth["linf"] <= 16 / 255 + 1e-6
+    for control in (clean, untrained):
+        lift = control.metrics["linear"]["lift"].value
+        assert lift is not None
+        assert lift <= 0.1
+        assert not control.took
 
 
 @pytest.mark.full

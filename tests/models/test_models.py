@@ -11,7 +11,6 @@ from blto.errors import ConfigError, InputRefused
 from blto.models import BACKBONES, GENERATORS
 from blto.models.checkpoints import load_encoder, save_encoder
 from blto.models.encoder import Encoder, build_encoder
-from blto.models.generators import Bounded
 from tests.factories import TINY_BACKBONE
 
 
@@ -78,15 +77,6 @@ def test_a_generator_keeps_the_shape_and_an_untrained_one_is_not_negligible(name
     assert raw.shape == (4, 3, 32, 32)
     assert raw.abs().max() <= 1
     assert raw.abs().mean() > 0.02
-
-
-def test_a_bounded_output_can_always_come_back_and_never_go_further() -> None:
-    raw = torch.tensor([-2.0, -2.0, 0.5, 2.0, 2.0], requires_grad=True)
-    gradient = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])  # descent moves against it
-    out = Bounded.apply(raw)
-    assert torch.equal(out, torch.tensor([-1.0, -1.0, 0.5, 1.0, 1.0]))
-    (passed,) = torch.autograd.grad(out, raw, gradient)
-    assert torch.equal(passed, torch.tensor([0.0, -1.0, 1.0, 1.0, 0.0]))
 
 
 def test_an_encoder_survives_the_disk_as_fp16(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def make_record() -> MakeRecord:
     def make(run_id: str = "r", lift: float | None = 0.85, text: str = "cat", **changes: Any) -> RunRecord:
         probes = {"knn": metrics(lift), "linear": metrics(lift)}
         spec = {
-            "attack": {"name": "blto", "poison_rate": 0.01, "note": text},
+            "attack": {"name": "blto", "poison_rate": 0.01, "epsilon": 8 / 255, "note": text},
             "data": {"name": text, "class_names": [text]},
             "pretraining": {"method": {"name": "simclr"}},
             "seed": 3,

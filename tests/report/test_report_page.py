@@ -186,7 +186,7 @@ def test_figures_have_their_captions_and_stand_in_order(make_record: MakeRecord,
 def test_every_metric_in_the_table_is_defined(make_record: MakeRecord) -> None:
     text = text_of(render_report([make_record()], {}))
     assert "Images that belong to the target class are left out" in text
-    for term in ("Lift", "Untriggered rate", "Clean accuracy", "Poison rate", "PSNR", "SSIM", "Alignment"):
+    for term in ("Lift", "Untriggered rate", "Clean accuracy", "Poison rate", "Epsilon", "PSNR", "SSIM", "Alignment"):
         assert f"{term} " in text[text.index("Definitions") :]
 
 

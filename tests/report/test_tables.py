@@ -39,7 +39,7 @@ def test_numbers_in_words() -> None:
 
 def test_the_terminal_table_fits_eighty_columns_and_tells_everything(make_record: MakeRecord) -> None:
     spec = {
-        "attack": {"name": "untrained_generator", "poison_rate": 0.005},
+        "attack": {"name": "untrained_generator", "poison_rate": 0.005, "epsilon": 16 / 255},
         "data": {"name": "cifar10"},
         "pretraining": {"method": {"name": "simclr"}},
         "seed": 7,
@@ -48,10 +48,11 @@ def test_the_terminal_table_fits_eighty_columns_and_tells_everything(make_record
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     assert "\u2026" not in text
-    first = text[text.index("untrained_generator") :].splitlines()[:3]
+    first = text[text.index("untrained_generator") :].splitlines()[:5]
     assert first[0].split() == ["untrained_generator", "85.0%", "91.0%", "6.0%", "2.1%", "87.4%"]
     assert first[1].split()[2:4] == ["[84.0,86.0]", "[90.0,92.0]"]
-    assert first[2].startswith("0.50% poison, seed 7")
+    assert first[2].startswith("0.50% poison ")
+    assert [line.strip() for line in first[3:]] == ["epsilon 16/255", "seed 7"]
     assert "took" in first[2]
     assert "n 10,000" in first[2]
     assert "not taken" in text
@@ -67,13 +68,15 @@ def test_only_the_headline_probe_says_took(make_record: MakeRecord) -> None:
 def test_the_markdown_table(make_record: MakeRecord) -> None:
     table = markdown_table([make_record(), make_record(lift=None), make_record(spec={"attack": {"name": "clean"}})])
     lines = table.splitlines()
-    assert lines[0].startswith("| Attack | Data | Victim | Poison rate | Seed | Lift | ASR | ASR, clean twin |")
+    assert lines[0].startswith(
+        "| Attack | Data | Victim | Poison rate | Epsilon | Seed | Lift | ASR | ASR, clean twin |"
+    )
     assert lines[2] == (
-        "| blto | cat | simclr | 1.00% | 3 | 85.0% [84.0, 86.0] | 91.0% [90.0, 92.0] | 6.0% [5.0, 7.0] "
+        "| blto | cat | simclr | 1.00% | 8/255 | 3 | 85.0% [84.0, 86.0] | 91.0% [90.0, 92.0] | 6.0% [5.0, 7.0] "
         "| 2.1% [1.1, 3.1] | 87.4% [86.4, 88.4] | 9,000 | yes |"
     )
     assert "| \u2013 | \u2013 | 6.0%" in lines[3]
-    assert lines[4].startswith("| clean | \u2013 | \u2013 | \u2013 | \u2013 |")
+    assert lines[4].startswith("| clean | \u2013 | \u2013 | \u2013 | \u2013 | \u2013 |")
     assert lines[-1] == "Probe: linear. In brackets: 95% intervals over the n test images."
 
 

@@ -88,21 +88,21 @@ def alignment_uniformity(
 
 @styled
 def crafting_curve(
-    rounds: ArrayLike, triggered: ArrayLike, clean: ArrayLike, target: ArrayLike, *, restarts: Sequence[float] = ()
+    steps: ArrayLike, triggered: ArrayLike, clean: ArrayLike, target: ArrayLike, *, restarts: Sequence[float] = ()
 ) -> Figure:
     """Similarities on the surrogate while the trigger is made.
 
     Args:
-        rounds: (T,) rounds of the loop that makes the trigger.
-        triggered: (T,) similarity of triggered images to the target class, on the surrogate of that round.
+        steps: (T,) steps of the trigger.
+        triggered: (T,) similarity of triggered images to the target class, on the surrogate of that step.
         clean: (T,) the same images without the trigger.
         target: (T,) clean images of the target class.
-        restarts: rounds at which the surrogate was initialised anew.
+        restarts: steps at which the surrogate was initialised anew.
 
     Raises:
         ConfigError: an argument is not a row of finite numbers, or the lengths differ.
     """
-    x = column(rounds, "rounds")
+    x = column(steps, "steps")
     figure, [axes] = new_figure(3.3)
     axes.plot(x, column(target, "target", len(x)), color=TARGET, linestyle="--", label="target-class images")
     axes.plot(x, column(triggered, "triggered", len(x)), color=TRIGGERED, label="triggered")
@@ -110,7 +110,7 @@ def crafting_curve(
     for index, start in enumerate(restarts):
         label = "surrogate starts anew" if index == 0 else None
         axes.axvline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), label=label)
-    axes.set(xlabel="Training of the trigger (rounds)", ylabel=SIMILARITY)
+    axes.set(xlabel="Steps of the trigger", ylabel=SIMILARITY)
     _whole_numbers(axes)
     legend_below(figure, axes)
     return figure

@@ -23,7 +23,7 @@ def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
 
     Entries of `trajectory` and `trajectory_clean_twin` are read under "epoch", "alignment", "uniformity" and the
     similarities to the target class of triggered, clean and target-class images: "trigger", "clean" and "target". Those
-    of `crafting` are read under "round", the same three, and "period", which changes when the surrogate starts anew.
+    of `crafting` are read under "step", the same three, and "period", which changes when the surrogate starts anew.
     """
     makers: dict[str, Callable[[RunRecord], tuple[Figure, Columns] | None]] = {
         "similarity_trajectory": _similarity,
@@ -54,12 +54,12 @@ def _alignment(record: RunRecord) -> tuple[Figure, Columns] | None:
 
 
 def _crafting(record: RunRecord) -> tuple[Figure, Columns] | None:
-    crafted = _columns(record.crafting, "round", *SIMILARITIES)
+    crafted = _columns(record.crafting, "step", *SIMILARITIES)
     if crafted is None:
         return None
     periods = [entry.get("period", 0) for entry in record.crafting]
     fresh = [before != after for before, after in pairwise(periods)]
-    restarts = [number for number, new in zip(crafted["round"][1:], fresh, strict=True) if new]
+    restarts = [number for number, new in zip(crafted["step"][1:], fresh, strict=True) if new]
     return crafting_curve(*crafted.values(), restarts=restarts), {**crafted, "period": periods}
 
 

@@ -14,21 +14,25 @@ the defaults are ours.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from blto.attacks.objective import Similarities, batch_statistics, similarities
+from blto.attacks.objective import Similarities, batch_statistics, similarities, whitening_basis
 from blto.data.images import ImageSet
 from blto.data.views import Views
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
 from blto.pretraining.loop import batches, build_method
 from blto.pretraining.spec import OptimizerSpec, RecipeSpec
-from blto.pretraining.trainer import Trainer
+from blto.pretraining.trainer import Trainer, learning_rate_factor
 from blto.runtime.seeds import numpy_generator, stream_seed
+
+OUTER_STEPS_PER_BASIS = 50
+"""How often the whitening follows the surrogate, and from how many images."""
+BASIS_IMAGES = 1024
 
 
 class BilevelSpec(BaseModel):
@@ -43,9 +47,12 @@ class BilevelSpec(BaseModel):
         surrogate: method, backbone, views and optimiser of the attacker's own victim (paper: SimSiam, ResNet-18).
         inner_poison_rate: poisoned share of the surrogate's data; None is the attack's own poison rate.
         outer_batch_size: images x, and as many reference images, an outer step.
-        outer_lr: learning rate of Adam on the trigger.
+        outer_lr: peak learning rate of Adam on the trigger; in each period it rises over the first sixth of the outer steps,
+            without which the generator often stands still for hundreds of them, and falls to zero along half a cosine.
         similarity: "raw" is the cosine of features, the paper's; "centred" subtracts the mean feature of clean images
-            first, since features after a ReLU all point the same way.
+            first, since features after a ReLU all point the same way; "whitened" also evens out the variance of the
+            directions, so that the trigger aims at what sets the target class apart.
+        shrinkage: of "whitened", as in `objective.whitening_basis`.
         target: "pairwise" pairs each x with one reference image; "centroid" aims at the references' mean direction.
         feature_layer: the encoder's "features", or the projector's "embeddings" that the surrogate's loss compares.
         batch_norm: of the surrogate in outer steps: "eval" uses its running statistics, "batch" those of the triggered,
@@ -64,15 +71,32 @@ class BilevelSpec(BaseModel):
     )
     inner_poison_rate: Annotated[float, Field(ge=0, le=1)] | None = None
     outer_batch_size: Annotated[int, Field(ge=2)] = 128
-    outer_lr: Annotated[float, Field(gt=0)] = 1e-3
-    similarity: Literal["raw", "centred"] = "centred"
+    outer_lr: Annotated[float, Field(gt=0)] = 5e-3
+    similarity: Literal["raw", "centred", "whitened"] = "whitened"
+    shrinkage: Annotated[float, Field(gt=0)] = 2.0
     target: Literal["pairwise", "centroid"] = "centroid"
     feature_layer: Literal["features", "embeddings"] = "features"
     batch_norm: Literal["eval", "batch"] = "eval"
 
 
+class Place(NamedTuple):
+    """Where a run stands: which surrogate, whether it starts now, and the next outer step within its period."""
+
+    period: int
+    starts: bool
+    outer_step: int
+    is_outer: bool
+    outer_steps: int
+    """How many outer steps the period has."""
+
+
 class BilevelOptimisation:
     """One run of the loop: surrogate, trigger, their optimisers, and where they stand.
+
+    Attributes:
+        position: steps taken, inner and outer.
+        outer_steps: those of the trigger among them.
+        period: which surrogate, from 0, is at hand.
 
     Args:
         trigger: what is learned; trained in place.
@@ -114,21 +138,40 @@ class BilevelOptimisation:
         self.references = np.flatnonzero(images.labels == target_class)
         self.views = Views(spec.surrogate.views, images.image_size)
         self.optimizer = torch.optim.Adam(trigger.parameters(), lr=spec.outer_lr)
-        self.round = 0
+        self.position = self.outer_steps = self.period = 0
+        self.basis: Tensor | None = None
         self.trajectory: list[dict[str, float]] = []
         self._order: tuple[int, int, np.ndarray[Any, Any]] = (-1, -1, np.empty(0))
         self.surrogate = self.new_surrogate(0)
         trigger.to(self.surrogate.fabric.device)
 
     @property
-    def period(self) -> int:
-        """Which surrogate, from 0, the present round belongs to."""
-        return 0 if self.frozen else self.round // self.spec.reinitialise_every
+    def surrogate_steps(self) -> int:
+        """Steps of one surrogate: its warm start and its period."""
+        return self.spec.warm_start_steps + self.spec.reinitialise_every * self.spec.inner_steps
 
     @property
-    def surrogate_period(self) -> int:
-        """The period of the surrogate at hand: a round that ends a period leaves the old surrogate in place."""
-        return 0 if self.frozen else max(0, self.round - 1) // self.spec.reinitialise_every
+    def total_steps(self) -> int:
+        """Inner and outer steps of the whole run."""
+        spec = self.spec
+        if self.frozen:
+            return self.surrogate_steps + spec.rounds * spec.outer_steps
+        periods = -(-spec.rounds // spec.reinitialise_every)
+        return periods * spec.warm_start_steps + spec.rounds * (spec.inner_steps + spec.outer_steps)
+
+    def place(self) -> Place:
+        """What the next step is: a function of `position` alone."""
+        spec, per_round = self.spec, self.spec.inner_steps + self.spec.outer_steps
+        if self.frozen:
+            number = self.position - self.surrogate_steps
+            return Place(0, self.position == 0, max(0, number), number >= 0, spec.rounds * spec.outer_steps)
+        length = spec.warm_start_steps + spec.reinitialise_every * per_round
+        period, step = divmod(self.position, length)
+        rounds = min(spec.reinitialise_every, spec.rounds - period * spec.reinitialise_every)
+        round_in_period, step_in_round = divmod(max(0, step - spec.warm_start_steps), per_round)
+        number = round_in_period * spec.outer_steps + max(0, step_in_round - spec.inner_steps)
+        is_outer = step >= spec.warm_start_steps and step_in_round >= spec.inner_steps
+        return Place(period, step == 0, number, is_outer, rounds * spec.outer_steps)
 
     def new_surrogate(self, period: int) -> Trainer:
         """A surrogate with fresh weights and a fresh schedule."""
@@ -137,19 +180,19 @@ class BilevelOptimisation:
         return Trainer(
             build_method(recipe, seed=seed, image_size=self.images.image_size),
             optimizer=recipe.optimizer,
-            total_steps=self.spec.warm_start_steps + self.spec.reinitialise_every * self.spec.inner_steps,
+            total_steps=self.surrogate_steps,
             device=self.device,
             precision=recipe.precision,
         )
 
-    def inner_step(self) -> None:
-        """One step of the surrogate on clean images together with freshly triggered poisons."""
+    def inner_step(self, period: int = 0) -> None:
+        """One step of the surrogate of `period` on clean images together with freshly triggered poisons."""
         steps_per_epoch = max(1, len(self.images) // self.spec.surrogate.batch_size)
         epoch, batch = divmod(self.surrogate.step, steps_per_epoch)
-        seed = stream_seed(self.seed, "trigger", "inner", self.period)
-        if self._order[:2] != (self.period, epoch):
+        seed = stream_seed(self.seed, "trigger", "inner", period)
+        if self._order[:2] != (period, epoch):
             size = min(self.spec.surrogate.batch_size, len(self.images))
-            self._order = (self.period, epoch, batches(len(self.images), size, seed=seed, epoch=epoch))
+            self._order = (period, epoch, batches(len(self.images), size, seed=seed, epoch=epoch))
         rows = self._order[2][batch]
         poisoned = rows[self.is_poisoned[rows]]
         if len(poisoned):
@@ -158,8 +201,10 @@ class BilevelOptimisation:
         device = self.surrogate.fabric.device
         self.surrogate.train_step([self.views.fast(self.surrogate_images, rows, d).to(device) for d in drawn])
 
-    def outer_step(self, number: int) -> Similarities:
+    def outer_step(self, number: int, learning_rate: float) -> Similarities:
         """One step of the trigger; `number` counts them from 0 and fixes what is drawn."""
+        if self.spec.similarity == "whitened" and number % OUTER_STEPS_PER_BASIS == 0:
+            self.basis = self._clean_basis(number)
         draw = numpy_generator(self.seed, "trigger", "outer", number)
         size = self.spec.outer_batch_size
         rows = draw.choice(len(self.images), size, replace=len(self.images) < size)
@@ -178,13 +223,15 @@ class BilevelOptimisation:
                 self.views.fast(self.images.images, references, reference_view).to(device),
                 self.views.fast(self.images.images, rows, view).to(device),
             ),
-            centred=self.spec.similarity == "centred",
+            centred=self.spec.similarity != "raw",
             centroid=self.spec.target == "centroid",
+            basis=self.basis,
         )
         parameters = list(self.trigger.parameters())
         gradients = torch.autograd.grad(-found.triggered, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+        self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         return Similarities(found.triggered.detach(), found.clean, found.target)
 
@@ -205,16 +252,32 @@ class BilevelOptimisation:
             features = method.encoder(views.contiguous(memory_format=torch.channels_last))
             return (method.project(features) if self.spec.feature_layer == "embeddings" else features).float()
 
-    def one_round(self) -> Similarities:
-        """(Re-initialise and warm up where it is time;) K inner steps, J outer steps."""
-        starts = self.round == 0 if self.frozen else self.round % self.spec.reinitialise_every == 0
-        if starts:
-            self.surrogate = self.new_surrogate(self.period)
-            for _ in range(self.surrogate.total_steps if self.frozen else self.spec.warm_start_steps):
-                self.inner_step()
-        for _ in range(0 if self.frozen else self.spec.inner_steps):
-            self.inner_step()
-        for step in range(self.spec.outer_steps):
-            found = self.outer_step(self.round * self.spec.outer_steps + step)
-        self.round += 1
+    def _clean_basis(self, number: int) -> Tensor:
+        """The whitening basis of clean images' views on the surrogate as it stands."""
+        draw = numpy_generator(self.seed, "trigger", "basis", number)
+        rows = draw.choice(len(self.images), min(BASIS_IMAGES, len(self.images)), replace=False)
+        seed = stream_seed(self.seed, "trigger", "basis views")
+        view = self.views.draw(seed=seed, epoch=number, samples=rows, view=0)
+        self.surrogate.method.eval()
+        with torch.no_grad():
+            views = self.views.fast(self.images.images, rows, view).to(self.surrogate.fabric.device)
+            return whitening_basis(self._embed(views), self.spec.shrinkage)
+
+    def step(self) -> Similarities | None:
+        """(Re-initialise the surrogate where it is time and) take the next inner or outer step.
+
+        Returns:
+            The similarities of an outer step; None after an inner one.
+        """
+        place, found = self.place(), None
+        if place.starts:
+            self.period, self.surrogate = place.period, self.new_surrogate(place.period)
+        if place.is_outer:
+            warmup = place.outer_steps // 6
+            factor = learning_rate_factor(place.outer_step, total_steps=place.outer_steps, warmup_steps=warmup)
+            found = self.outer_step(self.outer_steps, self.spec.outer_lr * factor)
+            self.outer_steps += 1
+        else:
+            self.inner_step(place.period)
+        self.position += 1
         return found

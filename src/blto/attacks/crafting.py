@@ -21,8 +21,11 @@ from blto.runtime.seeds import seeded, stream_seed
 
 CHECKPOINT = "crafting_checkpoint.safetensors"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
-ROUNDS_BETWEEN_ROWS = 10
-"""How often the trajectory gets a row and the state may be saved."""
+STEPS_BETWEEN_ROWS = 10
+"""Outer steps after which the trajectory gets a row; the state may be saved as often."""
+
+FACTS = ("position", "outer_steps", "period", "trajectory")
+"""Of a run, what a checkpoint keeps beside tensors."""
 
 
 def optimise_trigger(
@@ -38,8 +41,8 @@ def optimise_trigger(
 ) -> list[dict[str, float]]:
     """Run the whole loop, resumably; trains `trigger` in place and returns its trajectory.
 
-    Each row: `round`, `period` (which surrogate, from 0), and `trigger`, `clean` and
-    `target`: the mean cosine to the target of that round's views, on the surrogate.
+    Each row: `step` (outer steps done), `period` (which surrogate, from 0), and `trigger`, `clean` and `target`: the
+    mean cosine to the target of that step's views, on the surrogate.
 
     Raises:
         ConfigError: a target class or poison rate that the data do not have.
@@ -66,20 +69,19 @@ def optimise_trigger(
         images.content_hash,
     ]
     kept = _Kept(run, surroundings.folder, sha256_bytes(canonical_json(inputs)))
-    bar = surroundings.progress.bar("learn the trigger", spec.rounds)
+    bar = surroundings.progress.bar("learn the trigger", run.total_steps)
     with seeded(stream_seed(seed, "trigger", "dropout")), bar as advance, stop_requests() as stop:
         if surroundings.resume:
             kept.restore()
-        while run.round < spec.rounds:
-            found = run.one_round()
-            if run.round % ROUNDS_BETWEEN_ROWS == 0 or run.round == spec.rounds:
-                row = kept.note(found)
-                shown = " ".join(f"{name} {row[name]:.2f}" for name in ("trigger", "clean", "target"))
-                advance(run.round, f"similarity to the target: {shown}")
+        shown = "surrogate training"
+        while run.position < run.total_steps:
+            shown = kept.note(run.step()) or shown
+            if run.position % STEPS_BETWEEN_ROWS == 0 or run.position == run.total_steps:
+                advance(run.position, shown)
             if stop:
                 kept.save()
                 raise Interrupted(
-                    f"stopped at round {run.round} of {spec.rounds}; run the same command with --resume.",
+                    f"stopped at step {run.position} of {run.total_steps}; run the same command with --resume.",
                     signal_number=stop.signal_number,
                 )
     trigger.eval()
@@ -93,29 +95,36 @@ class _Kept:
         self.run, self.folder, self.identity = run, folder, identity
         self._saved_at = time.monotonic()
 
-    def note(self, found: Similarities) -> dict[str, float]:
-        """Add a row to the trajectory; look for NaN; save where it is time."""
-        run = self.run
-        row = {
-            "round": float(run.round),
-            "period": float(run.surrogate_period),
-            "trigger": float(found.triggered),
-            "clean": float(found.clean),
-            "target": float(found.target),
-        }
-        if int(run.surrogate.first_bad_step) >= 0 or not math.isfinite(row["trigger"]):
-            raise Diverged(
-                f"the bi-level loop met NaN or Inf by round {run.round}; lower surrogate.optimizer.lr or outer_lr."
-            )
-        run.trajectory.append(row)
-        if self.folder:
-            append_jsonl(self.folder / "log.jsonl", {"event": "crafting", **row})
+    def note(self, found: Similarities | None) -> str:
+        """After a step: save where it is time, and every ten outer steps look for NaN and add a row.
+
+        Returns:
+            The row in words, or nothing.
+        """
+        run, words = self.run, ""
+        if found and (run.outer_steps % STEPS_BETWEEN_ROWS == 0 or run.position == run.total_steps):
+            near = {"trigger": float(found.triggered), "clean": float(found.clean), "target": float(found.target)}
+            self._check(near["trigger"])
+            row = {"step": float(run.outer_steps), "period": float(run.period), **near}
+            run.trajectory.append(row)
+            if self.folder:
+                append_jsonl(self.folder / "log.jsonl", {"event": "crafting", **row})
+            words = "similarity to the target: " + " ".join(f"{name} {value:.2f}" for name, value in near.items())
         if time.monotonic() - self._saved_at > SECONDS_BETWEEN_CHECKPOINTS:
             self.save()
-        return row
+        return words
+
+    def _check(self, similarity: float = 0.0) -> None:
+        run = self.run
+        if int(run.surrogate.first_bad_step) >= 0 or not math.isfinite(similarity):
+            raise Diverged(
+                f"the bi-level loop met NaN or Inf by step {run.position} of {run.total_steps}; "
+                "lower surrogate.optimizer.lr or outer_lr."
+            )
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; a state with NaN in it never becomes one."""
+        self._check()
         if self.folder:
             run = self.run
             state = {
@@ -124,7 +133,9 @@ class _Kept:
                 **checkpoint.prefixed("surrogate", checkpoint.trainer_state(run.surrogate)),
                 "surrogate_images": torch.from_numpy(run.surrogate_images[run.is_poisoned]),
             }
-            facts = {"round": run.round, "trajectory": run.trajectory}
+            if run.basis is not None:
+                state["basis"] = run.basis
+            facts = {key: getattr(run, key) for key in FACTS}
             checkpoint.save_checkpoint(self.folder / CHECKPOINT, state, identity=self.identity, facts=facts)
             self._saved_at = time.monotonic()
 
@@ -135,7 +146,9 @@ class _Kept:
             state, facts = checkpoint.load_checkpoint(self.folder / CHECKPOINT, identity=self.identity)
             run.trigger.load_state_dict(checkpoint.without_prefix("trigger", state))
             checkpoint.restore_optimizer(run.optimizer, checkpoint.without_prefix("outer", state))
-            run.round, run.trajectory = int(facts["round"]), facts["trajectory"]
-            run.surrogate = run.new_surrogate(run.surrogate_period)
+            for key in FACTS:
+                setattr(run, key, facts[key])
+            run.basis = state.get("basis")
+            run.surrogate = run.new_surrogate(run.period)
             checkpoint.restore_trainer(run.surrogate, checkpoint.without_prefix("surrogate", state))
             run.surrogate_images[run.is_poisoned] = state["surrogate_images"].numpy()

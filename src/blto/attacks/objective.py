@@ -21,7 +21,13 @@ class Similarities:
 
 
 def similarities(
-    triggered: Tensor, references: Tensor, clean: Tensor, *, centred: bool, centroid: bool
+    triggered: Tensor,
+    references: Tensor,
+    clean: Tensor,
+    *,
+    centred: bool,
+    centroid: bool,
+    basis: Tensor | None = None,
 ) -> Similarities:
     """The outer objective (the paper's S, to be maximised in `triggered`), with its two yardsticks.
 
@@ -30,8 +36,11 @@ def similarities(
             gradient flows through `triggered` alone.
         centred: subtract the mean of `clean` first.
         centroid: compare with the references' mean direction instead of one reference each.
+        basis: (D, D), multiplied from the right first; that of `whitening_basis` turns the cosine into a discriminant.
     """
     references, clean = references.detach(), clean.detach()
+    if basis is not None:
+        triggered, references, clean = (features @ basis for features in (triggered, references, clean))
     centre = clean.mean(dim=0) if centred else torch.zeros_like(clean[0])
     triggered, references, clean = (F.normalize(f - centre, dim=1) for f in (triggered, references, clean))
     if centroid:
@@ -42,6 +51,30 @@ def similarities(
         (clean * references).sum(dim=1).mean(),
         (references * references.roll(1, dims=0)).sum(dim=1).mean(),
     )
+
+
+def whitening_basis(features: Tensor, shrinkage: float) -> Tensor:
+    """A basis in which features have nearly equal variance in all directions.
+
+    What many classes share varies most and dominates the cosine, so a trigger that maximises it moves images towards a
+    whole group of classes. Whitened, the direction from the mean to the target class is Fisher's discriminant, which
+    needs no labels but the references'. `shrinkage` keeps it from the directions that hardly vary at all, where a
+    covariance estimate is noise (Ledoit and Wolf, J. Multivariate Analysis 2004).
+
+    Args:
+        features: (N, D) of clean images; no gradient is kept.
+        shrinkage: the share of the mean variance that is added to every direction; greater than 0. The larger it is,
+            the less is changed.
+
+    Returns:
+        (D, D), the inverse Cholesky factor of the shrunk covariance, transposed.
+    """
+    features = features.detach()
+    covariance = torch.cov(features.T)
+    ridge = shrinkage * covariance.diagonal().mean() + torch.finfo(torch.float32).tiny
+    factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), device=features.device))
+    identity = torch.eye(len(factor), device=features.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=False).T
 
 
 @contextmanager

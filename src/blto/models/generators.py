@@ -5,7 +5,7 @@ A generator maps images (B, 3, H, W) in [0, 1] to a raw output of the same shape
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -13,28 +13,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from blto.registry import Card
-
-
-class Bounded(torch.autograd.Function):
-    """Clamp to [-1, 1] whose gradient is zero only where following it would lead further out.
-
-    An L-infinity budget is spent at its bounds, and there a tanh or a plain clamp has no gradient left: after a few
-    hundred steps the whole output stands still. Here a value at or beyond a bound can always come back.
-    """
-
-    @staticmethod
-    def forward(context: Any, raw: Tensor) -> Tensor:
-        """(...) -> (...) in [-1, 1]."""
-        context.save_for_backward(raw)
-        bounded: Tensor = raw.clamp(-1, 1)
-        return bounded
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        """Descent moves against the gradient: it leads inward where value and gradient have the same sign."""
-        (raw,) = context.saved_tensors
-        kept: Tensor = gradient * ((raw.abs() < 1) | (raw * gradient > 0))
-        return kept
 
 
 class ResidualBlock(nn.Module):
@@ -107,35 +85,42 @@ class ResNetGenerator(nn.Module):
 
 
 class UNetGenerator(nn.Module):
-    """A small U-Net for CPU work: two resolutions below the image's own, skip connections, no batch norm, no dropout.
+    """A small U-Net for CPU work: it sees 2x2 blocks of pixels as channels, and has no batch norm and no dropout.
 
     Without batch norm the trigger of an image does not depend on the images beside it, nor on train or eval mode.
+    Before the final tanh each image's output is divided by its root mean square: an L-infinity budget pulls every value
+    to its bounds, and an output that could grow without limit would be stuck there within a few hundred steps, one
+    colour on all images. Scaled, every value keeps a gradient, and about 0.7 of the budget is used on average.
 
     Args:
-        width: channels at full resolution; 2x and 4x below.
+        width: channels at half resolution; 2x below.
     """
 
     card = Card(
-        "small U-Net generator", "three-resolution U-Net, cheap enough for two CPU cores", "arXiv 1505.04597", 2015
+        "small U-Net generator", "U-Net on 2x2 blocks, cheap enough for two CPU cores", "arXiv 1505.04597", 2015
     )
+    GAIN = 2.0
+    """Root mean square of what enters the tanh."""
 
-    def __init__(self, *, width: Annotated[int, Field(ge=4, le=256)] = 16) -> None:
+    def __init__(self, *, width: Annotated[int, Field(ge=4, le=256)] = 24) -> None:
         super().__init__()
         w = width
-        self.stem = nn.Conv2d(3, w, 3, padding=1)
+        self.stem = nn.Conv2d(12, w, 3, padding=1)
         self.down1 = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
-        self.down2 = nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1)
-        self.middle = nn.Conv2d(4 * w, 4 * w, 3, padding=1)
-        self.up1 = nn.Conv2d(4 * w + 2 * w, 2 * w, 3, padding=1)
-        self.up2 = nn.Conv2d(2 * w + w, w, 3, padding=1)
-        self.head = nn.Conv2d(w, 3, 3, padding=1)
+        self.down2 = nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1)
+        self.middle = nn.Conv2d(2 * w, 2 * w, 3, padding=1)
+        self.up1 = nn.Conv2d(4 * w, 2 * w, 3, padding=1)
+        self.up2 = nn.Conv2d(3 * w, w, 3, padding=1)
+        self.head = nn.Conv2d(w, 12, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, a=0.1)  # an untrained output of order 1, not of order 0.1
+                nn.init.kaiming_normal_(module.weight, a=0.1)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, H, W) in [-1, 1]."""
-        full = F.leaky_relu(self.stem(2 * images - 1), 0.1)
+        """(B, 3, H, W) in [0, 1] -> (B, 3, H, W) in [-1, 1]; H and W even."""
+        blocks = F.pixel_unshuffle(2 * images - 1, 2).contiguous(memory_format=torch.channels_last)
+        full = F.leaky_relu(self.stem(blocks), 0.1)
         half = F.leaky_relu(self.down1(full), 0.1)
         quarter = F.leaky_relu(self.down2(half), 0.1)
         quarter = F.leaky_relu(self.middle(quarter), 0.1)
@@ -143,5 +128,6 @@ class UNetGenerator(nn.Module):
         half = F.leaky_relu(self.up1(torch.cat((up, half), dim=1)), 0.1)
         up = F.interpolate(half, size=full.shape[-2:], mode="nearest")
         full = F.leaky_relu(self.up2(torch.cat((up, full), dim=1)), 0.1)
-        bounded: Tensor = Bounded.apply(self.head(full))
-        return bounded
+        raw = F.pixel_shuffle(self.head(full), 2).float()
+        scale = raw.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-8).rsqrt()
+        return torch.tanh(self.GAIN * scale * raw)

@@ -30,6 +30,7 @@ class Row:
     data: str
     method: str
     poison_rate: float | None
+    epsilon: str
     seed: str
     took: str
     metrics: Mapping[str, Metric]
@@ -51,6 +52,7 @@ def table_rows(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -> lis
                 data=_name(record, "data.name"),
                 method=_name(record, "pretraining.method.name"),
                 poison_rate=float(rate) if isinstance(rate, int | float) and is_attack(record) else None,
+                epsilon=_epsilon(record),
                 seed=_name(record, "seed"),
                 took=("yes" if record.took else "no") if is_attack(record) and probe == HEADLINE_PROBE else MISSING,
                 metrics=record.metrics.get(probe, {}),
@@ -74,7 +76,9 @@ def results_table(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -> 
     for name in METRICS.values():
         table.add_column(name, justify="right", max_width=11)
     for row in rows:
-        setting = f"\n{row.data}, {row.method}\n{percent(row.poison_rate, 2)} poison, seed {row.seed}"
+        rate = "" if row.poison_rate is None else f"{percent(row.poison_rate, 2)} poison\n"
+        budget = "" if row.epsilon == MISSING else f"epsilon {row.epsilon}\n"
+        setting = f"\n{row.data}, {row.method}\n{rate}{budget}seed {row.seed}"
         # Text, not str: rich would read markup in "[bold]"
         table.add_row(Text(row.attack, style="bold") + Text(setting), *(_cell(row, name) for name in METRICS))
     return table
@@ -91,12 +95,14 @@ def _cell(row: Row, name: str) -> Text:
 
 def markdown_table(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -> str:
     """The results as a Markdown table, with a line that says what the numbers are."""
-    header = ["Attack", "Data", "Victim", "Poison rate", "Seed", *METRICS.values(), "n", "Took"]
-    lines = [header, ["---"] * 5 + ["---:"] * (len(METRICS) + 1) + ["---"]]
+    header = ["Attack", "Data", "Victim", "Poison rate", "Epsilon", "Seed", *METRICS.values(), "n", "Took"]
+    lines = [header, ["---"] * 6 + ["---:"] * (len(METRICS) + 1) + ["---"]]
     for row in table_rows(records, probe):
         names = [_escape_markdown(name) for name in (row.attack, row.data, row.method)]
         values = [with_interval(row.metrics.get(name)) for name in METRICS]
-        lines.append([*names, percent(row.poison_rate, 2), _escape_markdown(row.seed), *values, row.n, row.took])
+        lines.append(
+            [*names, percent(row.poison_rate, 2), row.epsilon, _escape_markdown(row.seed), *values, row.n, row.took]
+        )
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return (
         f"{table}\n\nProbe: {_escape_markdown(show(probe, 40))}. In brackets: 95% intervals over the n test images.\n"
@@ -106,6 +112,12 @@ def markdown_table(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) ->
 def _name(record: RunRecord, path: str) -> str:
     value = lookup(record.spec, path)
     return MISSING if value is None else show(value, 60)
+
+
+def _epsilon(record: RunRecord) -> str:
+    """The budget in 8-bit steps, such as 8/255."""
+    epsilon = lookup(record.spec, "attack.epsilon")
+    return f"{255 * epsilon:.3g}/255" if isinstance(epsilon, int | float) and is_attack(record) else MISSING
 
 
 def _escape_markdown(text: str) -> str:

@@ -31,6 +31,7 @@ DEFINITIONS: dict[str, str] = {
     "use several runs of each.",
     "n": "Number of test images behind a value; in the tables of all runs, the n of the ASR.",
     "Poison rate": "Poisoned images divided by all training images after poisoning.",
+    "Epsilon": "The budget: how far the trigger may move a channel of a pixel, of the range from 0 to 1.",
     "Probe": "Classifier on frozen features: linear is multinomial logistic regression, knn a weighted vote of the "
     "nearest training images.",
     "Similarity": "Cosine between an image's features and the centroid of the target class. Raw: of the features as "
