@@ -47,7 +47,7 @@ class BilevelSpec(BaseModel):
         surrogate: method, backbone, views and optimiser of the attacker's own victim (paper: SimSiam, ResNet-18).
         inner_poison_rate: poisoned share of the surrogate's data; None is the attack's own poison rate.
         outer_batch_size: images x, and as many reference images, an outer step.
-        outer_lr: peak learning rate of Adam on the trigger; in each period it rises over the first sixth of the outer steps,
+        outer_lr: peak learning rate of Adam on the trigger; in each period it rises over the first sixth of the steps,
             without which the generator often stands still for hundreds of them, and falls to zero along half a cosine.
         similarity: "raw" is the cosine of features, the paper's; "centred" subtracts the mean feature of clean images
             first, since features after a ReLU all point the same way; "whitened" also evens out the variance of the
