@@ -143,7 +143,8 @@ def test_the_trigger_does_not_get_stuck_at_its_bounds() -> None:
     for sign in (1, -1):  # everything to the upper bound, then everything to the lower
         for _ in range(60):
             optimizer.zero_grad()
-            (-sign * trigger.candidate(images).mean()).backward()
+            loss = -sign * trigger.candidate(images).mean()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch ships it so
             optimizer.step()
         shift = (trigger.candidate(images) - images).mean() * 255 / 8
         assert sign * shift > 0.8

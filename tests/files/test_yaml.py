@@ -135,7 +135,7 @@ def test_an_error_about_a_key_gets_the_line_of_that_key(tmp_path: Path) -> None:
 
 
 texts = st.text() | st.sampled_from(
-    ["8/255", "1e-3", "nan", ".inf", "no", "null", "true", "1", "", "~", "a: b", "*x", "010"]
+    ["8/255", "1e-3", "nan", ".inf", "no", "null", "true", "1", "", "~", "a: b", "*x", "010", "\x85", "a\u2028b"]
 )
 numbers = st.integers(-(10**15), 10**15) | st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(

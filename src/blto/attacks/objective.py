@@ -74,7 +74,8 @@ def whitening_basis(features: Tensor, shrinkage: float) -> Tensor:
     ridge = shrinkage * covariance.diagonal().mean() + torch.finfo(torch.float32).tiny
     factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), device=features.device))
     identity = torch.eye(len(factor), device=features.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=False).T
+    inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse.T
 
 
 @contextmanager

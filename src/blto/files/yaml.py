@@ -43,6 +43,9 @@ def dump_yaml(value: Mapping[str, Any]) -> str:
     return yaml.dump(dict(value), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
+_UNUSUAL_BREAKS = "\x85\u2028\u2029\ufeff"
+
+
 class _PlainDumper(yaml.SafeDumper):
     """Writes a value that occurs twice out twice, and quotes every text that `load_yaml` would not read as text."""
 
@@ -51,7 +54,10 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if _is_text(text) else "'")
+    style = None if _is_text(text) else "'"
+    if any(character in text for character in _UNUSUAL_BREAKS):
+        style = '"'  # the one style that escapes them; in any other they are read back as spaces
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _PlainDumper.add_representer(str, _represent_text)
