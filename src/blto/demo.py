@@ -25,10 +25,10 @@ CONFIG: dict[str, Any] = {
         "name": "blto",
         "target_class": 1,
         "poison_rate": 0.05,  # the most that the demo allows itself: half of the target class; the paper's is 0.01
-        "epsilon": 24 / 255,  # three times the paper's: with less, few of these high-contrast shapes change class
+        "epsilon": 24 / 255,  # three times the paper's, for data of high contrast
         "bilevel": {
-            # Each round: a surrogate trained on the trigger so far, then the trigger trained on that surrogate. With a
-            # third one the trigger moved clean encoders nearly as often as poisoned ones.
+            # Each round: a surrogate trained on the trigger so far, then the trigger trained on that surrogate. In a
+            # run with three, the trigger moved a clean encoder nearly as often as the poisoned one.
             "rounds": 2,
             "inner_steps": EPOCHS * STEPS_PER_EPOCH,
             "outer_steps": 300,

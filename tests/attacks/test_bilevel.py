@@ -14,15 +14,15 @@ from blto.attacks.bilevel import BilevelOptimisation
 from blto.attacks.blto import BLTO
 from blto.attacks.objective import similarities, whitening_basis
 from blto.attacks.untrained_generator import fresh_generator_trigger
-from blto.errors import ConfigError, Interrupted
-from blto.poisoning import GeneratorTrigger
+from blto.errors import ConfigError, Diverged, Interrupted
+from blto.poisoning import AdditiveTrigger, Budget, GeneratorTrigger
 from tests.factories import random_images, tiny_bilevel
 
 IMAGES = random_images(40)
 GENERATOR = {"name": "unet", "width": 4}
 
 
-def optimisation(frozen: bool = False, **changes: object) -> BilevelOptimisation:
+def optimisation(*, frozen: bool = False, **changes: object) -> BilevelOptimisation:
     trigger = fresh_generator_trigger(GENERATOR, 8 / 255, "residual", seed=0)
     return BilevelOptimisation(
         trigger, IMAGES, tiny_bilevel(**changes), target_class=1, poison_rate=0.1, seed=0, frozen=frozen
@@ -109,6 +109,40 @@ def test_steps_alternate_and_the_surrogate_starts_anew_each_period() -> None:
     assert rates == pytest.approx([peak, 0.75 * peak, 0.25 * peak, peak, 0.5 * peak])  # half a cosine each period
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_outer_learning_rate_warms_up_over_a_sixth_of_the_period(frozen: bool) -> None:
+    run = optimisation(rounds=4, outer_steps=3, reinitialise_every=4, frozen=frozen)
+    rates = []
+    while run.position < run.total_steps:
+        if run.step() is not None:
+            rates.append(run.optimizer.param_groups[0]["lr"] / run.spec.outer_lr)
+    assert len(rates) == 12
+    assert rates[:3] == pytest.approx([0.5, 1, 1])  # two steps of warm-up, then the cosine from its top
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] < 0.05
+
+
+def test_a_surrogate_with_nan_is_named() -> None:
+    run = optimisation(similarity="whitened")
+    while not run.place().is_outer:
+        run.step()
+    with torch.no_grad():
+        next(run.surrogate.method.encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(Diverged, match=r"surrogate's features hold NaN or Inf at step 2 of 14"):
+        run.step()
+
+
+def test_one_delta_for_all_images_stays_where_it_has_a_gradient() -> None:
+    delta = AdditiveTrigger(torch.full((3, 16, 16), 0.03), Budget(8 / 255))
+    run = BilevelOptimisation(
+        delta, IMAGES, tiny_bilevel(similarity="raw"), target_class=1, poison_rate=0.1, seed=0, frozen=True
+    )
+    for number in range(10):
+        run.outer_step(number, 1e-2)
+    assert delta.delta.abs().max() <= 8 / 255 + 1e-7
+    assert delta.delta.abs().max() > 7 / 255
+
+
 def test_a_frozen_surrogate_is_trained_once_on_clean_images() -> None:
     frozen = optimisation(frozen=True, rounds=6)
     while frozen.outer_steps < 1:
@@ -136,7 +170,7 @@ def test_outer_steps_raise_the_similarity_on_a_frozen_surrogate() -> None:
 
 
 def test_the_trigger_does_not_get_stuck_at_its_bounds() -> None:
-    """However far it is pushed, every value keeps a gradient, and images keep residuals of their own."""
+    """However far it is pushed, it can be pushed back."""
     trigger = fresh_generator_trigger({"name": "unet", "width": 8}, 8 / 255, "residual", seed=0)
     images = torch.rand(16, 3, 16, 16)
     optimizer = torch.optim.Adam(trigger.parameters(), lr=1e-2)
@@ -174,7 +208,16 @@ def test_whitening_follows_the_surrogate_and_survives_fewer_images_than_dimensio
     assert run.basis is not None
     assert run.basis.shape == (run.surrogate.method.encoder.feature_dim,) * 2
     assert torch.isfinite(run.basis).all()
-    assert optimisation(similarity="centred").basis is None
+    first = run.basis
+    while run.period == 0:
+        run.step()
+    while run.outer_steps < 4:  # the first outer step of the second period, long before the fiftieth
+        run.step()
+    assert not torch.equal(run.basis, first), "the second surrogate was met with the whitening of the first"
+    centred = optimisation(similarity="centred")
+    while centred.outer_steps < 1:
+        centred.step()
+    assert centred.basis is None
 
 
 def test_the_same_seed_gives_the_same_trigger() -> None:
@@ -186,7 +229,7 @@ def test_the_same_seed_gives_the_same_trigger() -> None:
     assert other.trigger.identity != first.trigger.identity
 
 
-@pytest.mark.parametrize("steps", [1, 4, 5, 8, 9])  # warm start, inner, outer; last of a period, first of the next
+@pytest.mark.parametrize("steps", [1, 3, 9, 17, 18])  # warm start, inner, outer; last of a period, first of the next
 @pytest.mark.parametrize("similarity", ["whitened", "raw"])
 @pytest.mark.parametrize(
     "generator", [GENERATOR, {"name": "resnet", "width": 4, "blocks": 1}]
@@ -194,7 +237,7 @@ def test_the_same_seed_gives_the_same_trigger() -> None:
 def test_crafting_resumes_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, similarity: str, generator: dict[str, object]
 ) -> None:
-    spec = tiny_bilevel(rounds=5, outer_steps=1, reinitialise_every=3, warm_start_steps=2, similarity=similarity)
+    spec = tiny_bilevel(rounds=5, outer_steps=4, reinitialise_every=3, warm_start_steps=2, similarity=similarity)
     attack = BLTO(target_class=1, poison_rate=0.1, generator=generator, bilevel=spec)
     whole = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
     original = BilevelOptimisation.step
@@ -209,12 +252,13 @@ def test_crafting_resumes_bit_for_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(BilevelOptimisation, "step", stopping)
-        with pytest.raises(Interrupted, match=f"stopped at step {steps} of 14") as caught:
+        with pytest.raises(Interrupted, match=f"stopped at step {steps} of 29") as caught:
             attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path))
     assert caught.value.exit_code == 143
     resumed = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path, resume=True))
     assert resumed.trigger.identity == whole.trigger.identity
     assert resumed.trajectory == whole.trajectory
+    assert [row["step"] for row in whole.trajectory] == [10, 20]
 
 
 @pytest.mark.parametrize("name", ATTACKS.names())

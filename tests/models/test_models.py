@@ -79,6 +79,17 @@ def test_a_generator_keeps_the_shape_and_an_untrained_one_is_not_negligible(name
     assert raw.abs().mean() > 0.02
 
 
+@pytest.mark.parametrize("size", [16, 17, 19])
+def test_the_small_generator_takes_images_of_any_size(size: int) -> None:
+    torch.manual_seed(0)
+    assert GENERATORS.build({"name": "unet", "width": 4})(torch.rand(2, 3, size, size + 3)).shape == (
+        2,
+        3,
+        size,
+        size + 3,
+    )
+
+
 def test_an_encoder_survives_the_disk_as_fp16(tmp_path: Path) -> None:
     encoder = build_encoder(TINY_BACKBONE, seed=0, image_size=16)
     encoder(torch.rand(8, 3, 16, 16))  # move the running statistics away from their start

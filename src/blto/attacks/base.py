@@ -33,7 +33,7 @@ TargetClass = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class TrainedTrigger:
-    """A trigger and how its training went: a row of similarities per logged round, none where nothing was trained."""
+    """A trigger and how its training went: a row of similarities per logged step, none where nothing was trained."""
 
     trigger: Trigger
     trajectory: list[dict[str, float]] = field(default_factory=list)

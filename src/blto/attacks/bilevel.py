@@ -14,6 +14,7 @@ the defaults are ours.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from blto.attacks.objective import Similarities, batch_statistics, similarities, whitening_basis
 from blto.data.images import ImageSet
 from blto.data.views import Views
+from blto.errors import Diverged
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
 from blto.pretraining.loop import batches, build_method
 from blto.pretraining.spec import OptimizerSpec, RecipeSpec
@@ -31,7 +33,7 @@ from blto.pretraining.trainer import Trainer, learning_rate_factor
 from blto.runtime.seeds import numpy_generator, stream_seed
 
 OUTER_STEPS_PER_BASIS = 50
-"""How often the whitening follows the surrogate, and from how many images."""
+"""How often within a period the whitening follows the surrogate, and from how many images."""
 BASIS_IMAGES = 1024
 
 
@@ -203,8 +205,6 @@ class BilevelOptimisation:
 
     def outer_step(self, number: int, learning_rate: float) -> Similarities:
         """One step of the trigger; `number` counts them from 0 and fixes what is drawn."""
-        if self.spec.similarity == "whitened" and number % OUTER_STEPS_PER_BASIS == 0:
-            self.basis = self._clean_basis(number)
         draw = numpy_generator(self.seed, "trigger", "outer", number)
         size = self.spec.outer_batch_size
         rows = draw.choice(len(self.images), size, replace=len(self.images) < size)
@@ -233,6 +233,7 @@ class BilevelOptimisation:
             parameter.grad = gradient
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
+        self.trigger.keep_within_budget()
         return Similarities(found.triggered.detach(), found.clean, found.target)
 
     def _features(self, triggered: Tensor, references: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,10 +259,16 @@ class BilevelOptimisation:
         rows = draw.choice(len(self.images), min(BASIS_IMAGES, len(self.images)), replace=False)
         seed = stream_seed(self.seed, "trigger", "basis views")
         view = self.views.draw(seed=seed, epoch=number, samples=rows, view=0)
-        self.surrogate.method.eval()
-        with torch.no_grad():
-            views = self.views.fast(self.images.images, rows, view).to(self.surrogate.fabric.device)
-            return whitening_basis(self._embed(views), self.spec.shrinkage)
+        method, views = self.surrogate.method, self.views.fast(self.images.images, rows, view)
+        method.eval()
+        with torch.no_grad(), batch_statistics(method) if self.spec.batch_norm == "batch" else nullcontext():
+            features = self._embed(views.to(self.surrogate.fabric.device))
+        if not torch.isfinite(features).all():
+            raise Diverged(
+                f"the surrogate's features hold NaN or Inf at step {self.position} of {self.total_steps}; "
+                "lower surrogate.optimizer.lr."
+            )
+        return whitening_basis(features, self.spec.shrinkage)
 
     def step(self) -> Similarities | None:
         """(Re-initialise the surrogate where it is time and) take the next inner or outer step.
@@ -273,6 +280,8 @@ class BilevelOptimisation:
         if place.starts:
             self.period, self.surrogate = place.period, self.new_surrogate(place.period)
         if place.is_outer:
+            if self.spec.similarity == "whitened" and place.outer_step % OUTER_STEPS_PER_BASIS == 0:
+                self.basis = self._clean_basis(self.outer_steps)
             warmup = place.outer_steps // 6
             factor = learning_rate_factor(place.outer_step, total_steps=place.outer_steps, warmup_steps=warmup)
             found = self.outer_step(self.outer_steps, self.spec.outer_lr * factor)

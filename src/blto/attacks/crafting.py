@@ -80,8 +80,9 @@ def optimise_trigger(
                 advance(run.position, shown)
             if stop:
                 kept.save()
+                went_on = "run the same command with --resume" if surroundings.folder else "nothing was kept"
                 raise Interrupted(
-                    f"stopped at step {run.position} of {run.total_steps}; run the same command with --resume.",
+                    f"stopped at step {run.position} of {run.total_steps}; {went_on}.",
                     signal_number=stop.signal_number,
                 )
     trigger.eval()
@@ -102,7 +103,7 @@ class _Kept:
             The row in words, or nothing.
         """
         run, words = self.run, ""
-        if found and (run.outer_steps % STEPS_BETWEEN_ROWS == 0 or run.position == run.total_steps):
+        if found is not None and (run.outer_steps % STEPS_BETWEEN_ROWS == 0 or run.position == run.total_steps):
             near = {"trigger": float(found.triggered), "clean": float(found.clean), "target": float(found.target)}
             self._check(near["trigger"])
             row = {"step": float(run.outer_steps), "period": float(run.period), **near}
@@ -137,7 +138,7 @@ class _Kept:
                 state["basis"] = run.basis
             facts = {key: getattr(run, key) for key in FACTS}
             checkpoint.save_checkpoint(self.folder / CHECKPOINT, state, identity=self.identity, facts=facts)
-            self._saved_at = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def restore(self) -> None:
         """Go on from the checkpoint, if there is one."""
@@ -148,7 +149,8 @@ class _Kept:
             checkpoint.restore_optimizer(run.optimizer, checkpoint.without_prefix("outer", state))
             for key in FACTS:
                 setattr(run, key, facts[key])
-            run.basis = state.get("basis")
             run.surrogate = run.new_surrogate(run.period)
+            if "basis" in state:
+                run.basis = state["basis"].to(run.surrogate.fabric.device)
             checkpoint.restore_trainer(run.surrogate, checkpoint.without_prefix("surrogate", state))
             run.surrogate_images[run.is_poisoned] = state["surrogate_images"].numpy()

@@ -21,7 +21,7 @@ class FrozenSurrogate(Attack):
     Args:
         target_class, poison_rate, epsilon, generator, parametrisation: as in BLTO.
         bilevel: as in BLTO; the surrogate trains for one period (`warm_start_steps + reinitialise_every * inner_steps`
-            steps) on clean data before the first round, and never after.
+            steps) on clean data before the first step of the trigger, and never after.
     """
 
     card = Card(

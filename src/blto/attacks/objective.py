@@ -63,7 +63,7 @@ def whitening_basis(features: Tensor, shrinkage: float) -> Tensor:
 
     Args:
         features: (N, D) of clean images; no gradient is kept.
-        shrinkage: the share of the mean variance that is added to every direction; greater than 0. The larger it is,
+        shrinkage: the multiple of the mean variance that is added to every direction; greater than 0. The larger it is,
             the less is changed.
 
     Returns:

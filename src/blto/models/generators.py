@@ -90,7 +90,8 @@ class UNetGenerator(nn.Module):
     Without batch norm the trigger of an image does not depend on the images beside it, nor on train or eval mode.
     Before the final tanh each image's output is divided by its root mean square: an L-infinity budget pulls every value
     to its bounds, and an output that could grow without limit would be stuck there within a few hundred steps, one
-    colour on all images. Scaled, every value keeps a gradient, and about 0.7 of the budget is used on average.
+    colour on all images. Scaled, a value can come back, and about 0.7 of the budget is used on
+    average. With parametrisation "image" this scale cannot propose a flat gray image; the ResNet generator can.
 
     Args:
         width: channels at half resolution; 2x below.
@@ -118,7 +119,11 @@ class UNetGenerator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, H, W) in [-1, 1]; H and W even."""
+        """(B, 3, H, W) in [0, 1] -> (B, 3, H, W) in [-1, 1]."""
+        height, width = images.shape[-2:]
+        if height % 2 or width % 2:  # one more row or column, and off again
+            padded: Tensor = self(F.pad(images, (0, width % 2, 0, height % 2), mode="replicate"))
+            return padded[..., :height, :width]
         blocks = F.pixel_unshuffle(2 * images - 1, 2).contiguous(memory_format=torch.channels_last)
         full = F.leaky_relu(self.stem(blocks), 0.1)
         half = F.leaky_relu(self.down1(full), 0.1)

@@ -81,6 +81,10 @@ class Trigger(nn.Module, ABC):
         """Apply the trigger."""
         return project(images, self.candidate(images), self.budget.epsilon)
 
+    @torch.no_grad()
+    def keep_within_budget(self) -> None:
+        """Called after each optimiser step: bring back parameters that left the budget, where no gradient is left."""
+
     @property
     def identity(self) -> str:
         """The trigger's id: SHA-256 (hex) over its spec and its weights."""
@@ -189,6 +193,11 @@ class AdditiveTrigger(Trigger):
                 "use images of the size it was made for."
             )
         return images + self.delta
+
+    @torch.no_grad()
+    def keep_within_budget(self) -> None:
+        """Clip delta to the budget: beyond it, `project` has no gradient that could lead back."""
+        self.delta.clamp_(-self.budget.epsilon, self.budget.epsilon)
 
     def spec(self) -> dict[str, Any]:
         """The budget and the image size."""
