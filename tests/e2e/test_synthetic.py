@@ -83,7 +83,8 @@ def test_blto_learns_a_trigger_that_moves_a_victim_and_an_untrained_generator_do
     """The demo's own configuration on other images and another seed.
 
     It asks for what the learning must give: a trigger that moves an encoder it has never met. How much of that is
-    lift is not asked: with these seeds the ASR was 70% at a lift of 0.47 on one thread, 21% at -0.06 on two, by rounding alone.
+    lift is not asked: with these seeds the ASR was 70% at a lift of 0.47 on one thread, 21% at -0.06 on two, by
+    rounding alone.
     """
     config = CONFIG | {"data": {"name": "synthetic", "generator_seed": 101}}
     attack, clean, untrained = blto.run(config, seed=101, store=tmp_path, quiet=True)
