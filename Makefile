@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # The stamp is written last: an install that fails or is interrupted leaves none, and the next call starts it again.
-$(STAMP): constraints.txt pyproject.toml
+$(STAMP): constraints.txt pyproject.toml src/blto/models/native/kernels.cpp
 	@echo "==> installing the pinned environment into $(VENV) (minutes the first time)"
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("blto needs Python 3.11: make PYTHON=/path/to/python3.11")'

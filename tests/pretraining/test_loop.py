@@ -159,5 +159,8 @@ def test_observed_epochs_hold_start_and_end() -> None:
 
 
 def test_bf16_and_fp32_agree_on_the_first_loss() -> None:
-    rows = {p: pretrain(IMAGES, tiny_recipe(epochs=1, precision=p), seed=0).trajectory[-1] for p in ("fp32", "bf16")}
-    assert rows["bf16"]["loss"] == pytest.approx(rows["fp32"]["loss"], abs=0.1)
+    rows = {
+        p: pretrain(IMAGES, tiny_recipe(epochs=1, batch_size=36, precision=p), seed=0).trajectory[-1]
+        for p in ("fp32", "bf16")
+    }
+    assert rows["bf16"]["loss"] == pytest.approx(rows["fp32"]["loss"], abs=0.02)

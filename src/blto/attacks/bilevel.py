@@ -185,6 +185,7 @@ class BilevelOptimisation:
             total_steps=self.surrogate_steps,
             device=self.device,
             precision=recipe.precision,
+            engine=recipe.engine,
         )
 
     def inner_step(self, period: int = 0) -> None:

@@ -40,10 +40,12 @@ class ResNet(nn.Module):
     """A residual net with a 3x3 stem: stage s has `blocks[s]` basic blocks of `widths[s]` channels.
 
     Every stage after the first halves the map; the stem halves it too where `stem_stride` is 2.
+    `models.native.resnet` runs the same net through its own kernels: a change here is a change there.
     """
 
     def __init__(self, blocks: Sequence[int], widths: Sequence[int], stem_stride: int) -> None:
         super().__init__()
+        self.widths = tuple(widths)
         self.stem = nn.Sequential(_conv3x3(3, widths[0], stem_stride), nn.BatchNorm2d(widths[0]), nn.ReLU())
         stages: list[nn.Module] = []
         inputs = widths[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from blto.models import BACKBONES
+from blto.models.backbones import ResNet
+from blto.models.native import resnet
 from blto.runtime.seeds import seeded
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -25,6 +27,8 @@ class Encoder(nn.Module):
 
     Attributes:
         feature_dim: D of the features.
+        native: use the native kernels where they fit this backbone and these images (`models.native`); their
+            activations are bf16, so only a training in bf16 switches it on.
     """
 
     mean: Tensor
@@ -40,6 +44,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.native = False
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.eval()
@@ -49,6 +54,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) floats in [0, 1] -> features (B, D), before any projection head."""
+        if self.native and resnet.supports(self.backbone, images):
+            return resnet.features(cast(ResNet, self.backbone), images, self.mean, self.std)
         out: Tensor = self.backbone((images - self.mean) / self.std)
         return out.mean(dim=(2, 3)) if out.ndim == 4 else out
 

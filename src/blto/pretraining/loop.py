@@ -132,6 +132,7 @@ def pretrain(
         warmup_steps=round(spec.warmup_epochs * steps_per_epoch),
         device=device,
         precision=spec.precision,
+        engine=spec.engine,
     )
     epochs = observed_epochs(spec.epochs, observations)
     run = _Run(images, spec, run_seed, trainer, folder, observers, epochs, checkpoint_seconds)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from lightly.loss import NTXentLoss
+import torch.nn.functional as F
 from lightly.models.modules.heads import SimCLRProjectionHead
 from pydantic import Field
 from torch import Tensor
@@ -14,6 +14,19 @@ from torch import Tensor
 from blto.models.encoder import Encoder
 from blto.pretraining.method import SSLMethod
 from blto.registry import Card
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """The normalised temperature-scaled cross-entropy of two views' embeddings (B, d) each (equation 1).
+
+    Every embedding is to find the other view of its image among the 2B - 1 others by cosine similarity.
+    """
+    embeddings = F.normalize(torch.cat((first, second)).float(), dim=1)
+    with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would round cosines to 1/256
+        logits = (embeddings @ embeddings.T) / temperature
+    logits.fill_diagonal_(-torch.inf)  # nothing is its own partner
+    partners = torch.arange(len(logits), device=logits.device).roll(len(first))
+    return F.cross_entropy(logits, partners)
 
 
 class SimCLR(SSLMethod):
@@ -39,7 +52,7 @@ class SimCLR(SSLMethod):
         super().__init__()
         self.encoder = encoder
         self.projector = SimCLRProjectionHead(encoder.feature_dim, hidden_dim, output_dim)
-        self.criterion = NTXentLoss(temperature=temperature)
+        self.temperature = temperature
 
     def project(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, output_dim)."""
@@ -48,5 +61,5 @@ class SimCLR(SSLMethod):
 
     def losses(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
         """NT-Xent of two views."""
-        first, second = self.project(self.encoder(torch.cat(tuple(views)))).float().chunk(2)
-        return {"loss": self.criterion(first, second)}
+        first, second = self.project(self.encoder(torch.cat(tuple(views)))).chunk(2)
+        return {"loss": nt_xent(first, second, self.temperature)}

@@ -12,6 +12,9 @@ from blto.errors import BltoError
 from blto.models import BACKBONES
 from blto.pretraining import METHODS
 from blto.registry import Registry, validate
+from blto.runtime.device import Precision
+
+Engine = Literal["fast", "reference"]
 
 
 def component(registry: Registry[Any]) -> Any:
@@ -62,7 +65,8 @@ class RecipeSpec(BaseModel):
         backbone: name and arguments of an entry of BACKBONES, or `timm/...`, `torchvision/...`.
         views: an augmentation recipe by name, or `{name, **overrides}`.
         batch_size: images a step; each gives two views.
-        precision: "auto" is bf16 where the device multiplies it natively, else fp32.
+        precision: "auto" is bf16 where the device multiplies it natively, else fp32; fp32 under engine "reference".
+        engine: "fast", or "reference": plain torch throughout, which the fast one is tested against.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -72,7 +76,8 @@ class RecipeSpec(BaseModel):
     views: Annotated[ViewRecipe, BeforeValidator(_recipe)] = "simclr_cifar"  # type: ignore[assignment]  # a name stands for its recipe
     optimizer: OptimizerSpec = OptimizerSpec()
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = 256
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
+    engine: Engine = "fast"
 
 
 class PretrainingSpec(RecipeSpec):

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blto.models.encoder import Encoder
 from blto.pretraining.method import SSLMethod
-from blto.pretraining.spec import OptimizerSpec
-from blto.runtime.device import Precision, fabric
+from blto.pretraining.spec import Engine, OptimizerSpec
+from blto.runtime.device import Precision, fabric, resolve_precision
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
@@ -49,6 +50,8 @@ class Trainer:
         optimizer: optimiser and peak learning rate.
         total_steps, warmup_steps: length of the schedule.
         device, precision: as in `runtime.device`.
+        engine: "fast" trains through the native kernels where they fit (a residual net, bf16, a CPU with AMX); every
+            other step, and every step of "reference", is plain torch.
 
     Attributes:
         step: optimiser steps done.
@@ -65,9 +68,15 @@ class Trainer:
         warmup_steps: int = 0,
         device: str = "auto",
         precision: Precision = "auto",
+        engine: Engine = "fast",
     ) -> None:
+        if precision == "auto" and engine == "reference":
+            precision = "fp32"
         self.fabric = fabric(device, precision)
         method.encoder.to(memory_format=torch.channels_last)
+        for part in method.modules():
+            if isinstance(part, Encoder):
+                part.native = engine == "fast" and resolve_precision(precision, self.fabric.device.type) == "bf16"
         self.method = method
         self._wrapped, self.optimizer = self.fabric.setup(method, build_optimizer(optimizer, method))
         self._peak = optimizer.lr

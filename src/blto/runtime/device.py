@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 Precision = Literal["auto", "fp32", "bf16"]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's <malloc.h>."""
 
 
 def native_bf16(device: str) -> bool:
@@ -42,6 +45,19 @@ def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf1
     return precision
 
 
+@cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory; elsewhere it does nothing.
+
+    A step frees large buffers and asks for the same ones again. Every page that went back to the kernel meanwhile is
+    zeroed anew on its next touch, which was 10 to 20% of a small net's step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
 @lru_cache(maxsize=8)
 def fabric(device: str = "auto", precision: Precision = "auto") -> Fabric:
     """The Fabric that places modules, autocasts and runs backward passes. One per (device, precision)."""
@@ -49,5 +65,6 @@ def fabric(device: str = "auto", precision: Precision = "auto") -> Fabric:
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on standard error
     device = resolve_device(device)
+    keep_freed_memory()
     mode = "bf16-mixed" if resolve_precision(precision, device) == "bf16" else "32-true"
     return Fabric(accelerator=device, devices=1, precision=mode)

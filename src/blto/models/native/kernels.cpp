@@ -1,0 +1,714 @@
+// Convolutions, batch norm and ReLU of small residual nets on CPUs with AMX-BF16: what `blto.models.native.ops` calls.
+//
+// Layout. A batch is cut into blocks of 32 images, each two groups of 16. A map is
+//     [block][pixel][group][channel / 2][16 images][2 channels]   bf16,
+// so that 16 channel pairs of one pixel and group are 1 KiB in a row: one AMX tile, ready as the right-hand operand of a
+// product over channels. A convolution is a sum over (tap, source pixel) pairs that lie inside the map: for each output
+// pixel, Y[k][image] = sum over taps of W_tap[k][c] X[c][image]. Borders cost nothing and any stride is the same loop.
+//
+// Fusion. An operand may be "activated on load": its ReLU(scale[c] * y + shift[c]) is computed a block at a time, in
+// cache, so a batch norm's output is never written to memory. The statistics of a convolution's output are summed while
+// it is in registers. The gradient of a batch norm reaches a convolution as G = dy + d1[k] + 2 y d2[k], where d1 and d2
+// are the gradients of the sums of y and of y squared.
+//
+// All functions take raw pointers that the caller has checked, and run on OpenMP's threads over blocks.
+
+#include <immintrin.h>
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int GROUP = 16;          // images side by side in a register
+constexpr int BLOCK = 2 * GROUP;   // images side by side in a block
+constexpr int ROW = 2 * GROUP;     // bf16 values in a register: 16 images x 2 channels
+constexpr int TILE = 16 * ROW;     // bf16 values in a tile, also the stride of packed weights
+constexpr int STRIP = 4;           // channel pairs whose constants and sums stay in registers
+
+// ---------------------------------------------------------------------------------------------------- registers
+
+inline __m512 low(__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
+inline __m512 high(__m512i pair) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+// Channels c and c + 1 of 16 images as one register of interleaved bf16, rounded to nearest even.
+inline __m512i pack(__m512 first, __m512 second) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);  // 16 of `first`, then 16 of `second`
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both);
+}
+
+// Two groups' interleaved pairs -> 32 images of the first channel, 32 of the second.
+inline __m512i even_images(__m512i a, __m512i b) {
+  const __m512i order = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
+                                         22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  return _mm512_permutex2var_epi16(a, order, b);
+}
+inline __m512i odd_images(__m512i a, __m512i b) {
+  const __m512i order = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                         23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(a, order, b);
+}
+
+// Transpose 16 x 16 values of 32 bits, in place.
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+inline __m512i load(const bf16* p) { return _mm512_loadu_si512(p); }
+inline void store(bf16* p, __m512i v) { _mm512_storeu_si512(p, v); }
+
+// ---------------------------------------------------------------------------------------------------- tiles
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Accumulators 0 to 3 (16 x 16 floats), left operands 4 and 5 (16 rows of `depth` bf16), right operands 6 and 7.
+void configure_tiles(int depth) {
+  TileConfig config;
+  for (int t = 0; t < 4; ++t) config.rows[t] = 16, config.bytes_per_row[t] = 64;
+  for (int t = 4; t < 6; ++t) config.rows[t] = 16, config.bytes_per_row[t] = uint16_t(2 * depth);
+  for (int t = 6; t < 8; ++t) config.rows[t] = uint8_t(depth / 2), config.bytes_per_row[t] = 64;
+  _tile_loadconfig(&config);
+}
+
+// A scratch buffer that grows, one per thread and purpose; aligned to cache lines.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  template <class T>
+  T* get(size_t count) {
+    if (count * sizeof(T) > size) {
+      std::free(memory);
+      size = (count * sizeof(T) + 4095) / 4096 * 4096;
+      memory = std::aligned_alloc(4096, size);
+    }
+    return static_cast<T*>(memory);
+  }
+  ~Scratch() { std::free(memory); }
+};
+
+// ---------------------------------------------------------------------------------------------------- geometry
+
+// The (tap, source pixel) pairs of every target pixel; `start` has targets + 1 entries.
+struct Pairs {
+  const int32_t* start;
+  const int32_t* tap;
+  const int32_t* source;
+};
+
+struct Affine {  // per channel; null scale: the operand is taken as it is
+  const float* scale;
+  const float* shift;
+};
+
+// ---------------------------------------------------------------------------------------------------- on load
+
+// relu(scale * y + shift) of one block, four channel pairs at a time.
+void activate_block(const bf16* y, Affine affine, int pixels, int channels, bf16* out) {
+  const int half = channels / 2;
+  const __m512 zero = _mm512_setzero_ps();
+  for (int c = 0; c < half; c += STRIP) {
+    __m512 scale[2 * STRIP], shift[2 * STRIP];
+    for (int i = 0; i < 2 * STRIP; ++i) {
+      scale[i] = _mm512_set1_ps(affine.scale[2 * c + i]);
+      shift[i] = _mm512_set1_ps(affine.shift[2 * c + i]);
+    }
+    for (int row = 0; row < 2 * pixels; ++row)
+      for (int i = 0; i < STRIP; ++i) {
+        const size_t at = (size_t(row) * half + c + i) * ROW;
+        const __m512i v = load(y + at);
+        store(out + at, pack(_mm512_max_ps(_mm512_fmadd_ps(low(v), scale[2 * i], shift[2 * i]), zero),
+                             _mm512_max_ps(_mm512_fmadd_ps(high(v), scale[2 * i + 1], shift[2 * i + 1]), zero)));
+      }
+  }
+}
+
+// The same operand with images in a row: out[pixel][channel][32 images]. Null scale: no activation.
+void images_in_rows(const bf16* y, Affine affine, int pixels, int channels, bf16* out) {
+  const int half = channels / 2;
+  const __m512 zero = _mm512_setzero_ps();
+  for (int p = 0; p < pixels; ++p) {
+    const bf16* source = y + size_t(p) * channels * BLOCK;
+    bf16* target = out + size_t(p) * channels * BLOCK;
+    for (int c = 0; c < half; ++c) {
+      __m512i v[2] = {load(source + c * ROW), load(source + (half + c) * ROW)};
+      if (affine.scale) {
+        const __m512 s0 = _mm512_set1_ps(affine.scale[2 * c]), s1 = _mm512_set1_ps(affine.scale[2 * c + 1]);
+        const __m512 b0 = _mm512_set1_ps(affine.shift[2 * c]), b1 = _mm512_set1_ps(affine.shift[2 * c + 1]);
+        for (__m512i& g : v)
+          g = pack(_mm512_max_ps(_mm512_fmadd_ps(low(g), s0, b0), zero),
+                   _mm512_max_ps(_mm512_fmadd_ps(high(g), s1, b1), zero));
+      }
+      store(target + (2 * c) * BLOCK, even_images(v[0], v[1]));
+      store(target + (2 * c + 1) * BLOCK, odd_images(v[0], v[1]));
+    }
+  }
+}
+
+// G = dy + d1 + 2 y d2, as it lies (`plain`) and with image pairs down and channels across (`turned`):
+// turned[pixel][channel / 16][16 image pairs][16 channels][2 images]. Null d1: G = dy.
+void gradient_block(const bf16* dy, const bf16* y, const float* d1, const float* d2, int pixels, int channels,
+                    bf16* plain, bf16* turned) {
+  const int half = channels / 2;
+  const __m512 two = _mm512_set1_ps(2.0f);
+  for (int p = 0; p < pixels; ++p) {
+    const size_t at = size_t(p) * channels * BLOCK;
+    for (int k = 0; k < channels; k += 16) {
+      __m512i r[16];
+      for (int j = 0; j < 8; ++j) {
+        const int c = k / 2 + j;
+        __m512i g[2];
+        for (int group = 0; group < 2; ++group) {
+          const size_t here = at + (size_t(group) * half + c) * ROW;
+          g[group] = load(dy + here);
+          if (d1) {
+            const __m512i v = load(y + here);
+            const __m512 a0 = _mm512_set1_ps(d1[2 * c]), a1 = _mm512_set1_ps(d1[2 * c + 1]);
+            const __m512 b0 = _mm512_mul_ps(two, _mm512_set1_ps(d2[2 * c]));
+            const __m512 b1 = _mm512_mul_ps(two, _mm512_set1_ps(d2[2 * c + 1]));
+            g[group] = pack(_mm512_fmadd_ps(low(v), b0, _mm512_add_ps(low(g[group]), a0)),
+                            _mm512_fmadd_ps(high(v), b1, _mm512_add_ps(high(g[group]), a1)));
+          }
+          if (plain) store(plain + here, g[group]);
+        }
+        r[2 * j] = even_images(g[0], g[1]);
+        r[2 * j + 1] = odd_images(g[0], g[1]);
+      }
+      transpose(r);
+      for (int j = 0; j < 16; ++j) store(turned + at + size_t(k) * BLOCK + j * ROW, r[j]);
+    }
+  }
+}
+
+// The 27 inputs of every 3x3 window of an RGB image as 16 channel pairs (the last five inputs are zero).
+// Input: [pixel][group][2][16][2], the second row holding (blue, 0). Pairs 0-8: red and green of each tap; 9-13: blue of
+// two taps. `source` has 9 pixels per window, -1 outside the image.
+void windows_block(const bf16* input, const int32_t* source, int pixels, bf16* out) {
+  const __m512i zero = _mm512_setzero_si512();
+  for (int p = 0; p < pixels; ++p)
+    for (int group = 0; group < 2; ++group) {
+      bf16* target = out + (size_t(p) * 2 + group) * TILE;
+      __m512i blue[10];
+      for (int t = 0; t < 9; ++t) {
+        const int32_t q = source[p * 9 + t];
+        const bf16* from = input + (size_t(q < 0 ? 0 : q) * 2 + group) * 2 * ROW;
+        store(target + t * ROW, q < 0 ? zero : load(from));
+        blue[t] = q < 0 ? zero : load(from + ROW);
+      }
+      blue[9] = zero;
+      for (int t = 0; t < 10; t += 2)
+        store(target + (9 + t / 2) * ROW, _mm512_or_si512(blue[t], _mm512_slli_epi32(blue[t + 1], 16)));
+      store(target + 14 * ROW, zero);
+      store(target + 15 * ROW, zero);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- products
+
+// One target pixel: acc[m][group] = sum over its pairs of W_tap[16 m ..][c] source[c][16 images of group].
+template <int M>
+inline void gather_pixel(const bf16* source, const Pairs& pairs, int pixel, const bf16* weights, int channels,
+                         float* acc) {
+  const int depth = std::min(channels, 32), chunks = channels / depth;
+  const size_t pixel_size = size_t(channels) * BLOCK, group_size = pixel_size / 2;
+  const size_t tap_size = size_t(chunks) * M * TILE;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (M == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int32_t i = pairs.start[pixel]; i < pairs.start[pixel + 1]; ++i) {
+    const bf16* b = source + size_t(pairs.source[i]) * pixel_size;
+    const bf16* a = weights + size_t(pairs.tap[i]) * tap_size;
+    for (int chunk = 0; chunk < chunks; ++chunk, a += M * TILE, b += TILE) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + group_size, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (M == 2) {
+        _tile_loadd(5, a + TILE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, acc, 64);
+  _tile_stored(1, acc + 256, 64);
+  if (M == 2) {
+    _tile_stored(2, acc + 512, 64);
+    _tile_stored(3, acc + 768, 64);
+  }
+}
+
+// Convolve one block and hand the 16 M outputs of each pixel, as acc[m][group][16 channels][16 images], to `epilogue`.
+template <int M, class Epilogue>
+void gather_block(const bf16* source, const Pairs& pairs, int targets, const bf16* weights, int taps, int inputs,
+                  int outputs, Epilogue epilogue) {
+  alignas(64) float acc[4 * 256];
+  const size_t panel = size_t(taps) * (inputs / std::min(inputs, 32)) * M * TILE;
+  for (int k = 0; k < outputs; k += 16 * M)
+    for (int pixel = 0; pixel < targets; ++pixel) {
+      gather_pixel<M>(source, pairs, pixel, weights + (k / (16 * M)) * panel, inputs, acc);
+      epilogue(k, pixel, acc);
+    }
+}
+
+template <int M>
+void forward_block(const bf16* source, const Pairs& pairs, int targets, const bf16* weights, int taps, int inputs,
+                   int outputs, bf16* out, float* sums, float* squares) {
+  alignas(64) float s[32][16], q[32][16];
+  auto epilogue = [&](int k, int pixel, const float* acc) {
+    if (pixel == 0) std::memset(s, 0, sizeof s), std::memset(q, 0, sizeof q);
+    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < 16; j += 2) {
+        const int r = 16 * m + j;
+        __m512 s0 = _mm512_load_ps(s[r]), s1 = _mm512_load_ps(s[r + 1]);
+        __m512 q0 = _mm512_load_ps(q[r]), q1 = _mm512_load_ps(q[r + 1]);
+        for (int group = 0; group < 2; ++group) {
+          const float* rows = acc + (2 * m + group) * 256 + j * 16;
+          const __m512 v0 = _mm512_load_ps(rows), v1 = _mm512_load_ps(rows + 16);
+          s0 = _mm512_add_ps(s0, v0), s1 = _mm512_add_ps(s1, v1);
+          q0 = _mm512_fmadd_ps(v0, v0, q0), q1 = _mm512_fmadd_ps(v1, v1, q1);
+          store(out + (size_t(pixel) * 2 + group) * outputs * GROUP + size_t(k + r) * GROUP, pack(v0, v1));
+        }
+        _mm512_store_ps(s[r], s0), _mm512_store_ps(s[r + 1], s1);
+        _mm512_store_ps(q[r], q0), _mm512_store_ps(q[r + 1], q1);
+      }
+    if (pixel == targets - 1)
+      for (int r = 0; r < 16 * M; ++r) {
+        sums[k + r] = _mm512_reduce_add_ps(_mm512_load_ps(s[r]));
+        squares[k + r] = _mm512_reduce_add_ps(_mm512_load_ps(q[r]));
+      }
+  };
+  gather_block<M>(source, pairs, targets, weights, taps, inputs, outputs, epilogue);
+}
+
+// The gradient at a convolution's input. With an activation on load, it goes on through ReLU and scale to y, and to the
+// scale and shift themselves; without one (null scale) it is stored as it is, with `extra` (null: none) added: the
+// gradient that x receives from elsewhere.
+template <int M>
+void backward_block(const bf16* gradient, const Pairs& pairs, int targets, const bf16* weights, int taps, int outputs,
+                    int inputs, const bf16* y, Affine affine, const bf16* extra, bf16* out, float* d_scale,
+                    float* d_shift) {
+  alignas(64) float ds[32][16], db[32][16];
+  const __m512 zero = _mm512_setzero_ps();
+  auto epilogue = [&](int c, int pixel, const float* acc) {
+    if (pixel == 0) std::memset(ds, 0, sizeof ds), std::memset(db, 0, sizeof db);
+    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < 16; j += 2)
+        for (int group = 0; group < 2; ++group) {
+          const int r = 16 * m + j;
+          const float* rows = acc + (2 * m + group) * 256 + j * 16;
+          __m512 g0 = _mm512_load_ps(rows), g1 = _mm512_load_ps(rows + 16);
+          const size_t at = (size_t(pixel) * 2 + group) * inputs * GROUP + size_t(c + r) * GROUP;
+          if (affine.scale) {
+            const __m512i v = load(y + at);
+            const __m512 y0 = low(v), y1 = high(v);
+            const __m512 s0 = _mm512_set1_ps(affine.scale[c + r]), s1 = _mm512_set1_ps(affine.scale[c + r + 1]);
+            const __m512 z0 = _mm512_fmadd_ps(y0, s0, _mm512_set1_ps(affine.shift[c + r]));
+            const __m512 z1 = _mm512_fmadd_ps(y1, s1, _mm512_set1_ps(affine.shift[c + r + 1]));
+            g0 = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z0, zero, _CMP_GT_OQ), g0);
+            g1 = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z1, zero, _CMP_GT_OQ), g1);
+            _mm512_store_ps(ds[r], _mm512_fmadd_ps(g0, y0, _mm512_load_ps(ds[r])));
+            _mm512_store_ps(ds[r + 1], _mm512_fmadd_ps(g1, y1, _mm512_load_ps(ds[r + 1])));
+            _mm512_store_ps(db[r], _mm512_add_ps(g0, _mm512_load_ps(db[r])));
+            _mm512_store_ps(db[r + 1], _mm512_add_ps(g1, _mm512_load_ps(db[r + 1])));
+            g0 = _mm512_mul_ps(g0, s0), g1 = _mm512_mul_ps(g1, s1);
+          }
+          if (extra) {
+            const __m512i e = load(extra + at);
+            g0 = _mm512_add_ps(g0, low(e)), g1 = _mm512_add_ps(g1, high(e));
+          }
+          store(out + at, pack(g0, g1));
+        }
+    if (affine.scale && pixel == targets - 1)
+      for (int r = 0; r < 16 * M; ++r) {
+        d_scale[c + r] = _mm512_reduce_add_ps(_mm512_load_ps(ds[r]));
+        d_shift[c + r] = _mm512_reduce_add_ps(_mm512_load_ps(db[r]));
+      }
+  };
+  gather_block<M>(gradient, pairs, targets, weights, taps, outputs, inputs, epilogue);
+}
+
+// dW_tap[c][k] += sum over pixels and images of x[source][c] G[pixel][k], into tiles [tap][c / 16][k / 16][16][16].
+// `pairs` is by tap here: for each tap its (pixel in `tap`, source) pairs.
+template <int M, int N>
+void weight_gradient_tiles(const bf16* x, const bf16* turned, const Pairs& pairs, int tap, int c, int k, int inputs,
+                           int outputs, float* tiles) {
+  const size_t c_stride = size_t(outputs / 16) * 256;
+  float* at = tiles + (size_t(tap) * (inputs / 16) + c / 16) * c_stride + (k / 16) * 256;
+  _tile_loadd(0, at, 64);
+  if (N == 2) _tile_loadd(1, at + 256, 64);
+  if (M == 2) _tile_loadd(2, at + c_stride, 64);
+  if (M == 2 && N == 2) _tile_loadd(3, at + c_stride + 256, 64);
+  for (int32_t i = pairs.start[tap]; i < pairs.start[tap + 1]; ++i) {
+    const bf16* a = x + (size_t(pairs.source[i]) * inputs + c) * BLOCK;
+    const bf16* b = turned + (size_t(pairs.tap[i]) * outputs + k) * BLOCK;
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (N == 2) {
+      _tile_loadd(7, b + TILE, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (M == 2) {
+      _tile_loadd(5, a + TILE, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if (N == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, at, 64);
+  if (N == 2) _tile_stored(1, at + 256, 64);
+  if (M == 2) _tile_stored(2, at + c_stride, 64);
+  if (M == 2 && N == 2) _tile_stored(3, at + c_stride + 256, 64);
+}
+
+void weight_gradient_block(const bf16* x, const bf16* turned, const Pairs& pairs, int taps, int inputs, int outputs,
+                           float* tiles) {
+  const int m = inputs % 32 ? 1 : 2, n = outputs % 32 ? 1 : 2;
+  for (int tap = 0; tap < taps; ++tap)
+    for (int c = 0; c < inputs; c += 16 * m)
+      for (int k = 0; k < outputs; k += 16 * n) {
+        if (m == 2 && n == 2)
+          weight_gradient_tiles<2, 2>(x, turned, pairs, tap, c, k, inputs, outputs, tiles);
+        else if (m == 2)
+          weight_gradient_tiles<2, 1>(x, turned, pairs, tap, c, k, inputs, outputs, tiles);
+        else if (n == 2)
+          weight_gradient_tiles<1, 2>(x, turned, pairs, tap, c, k, inputs, outputs, tiles);
+        else
+          weight_gradient_tiles<1, 1>(x, turned, pairs, tap, c, k, inputs, outputs, tiles);
+      }
+}
+
+inline bf16 rounded(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Weights as left operands: [k / (16 M)][tap][depth chunk][M][16 k][up to 32 c], rows 64 bytes apart.
+// element(k, c, tap) reads the weight.
+template <class Element>
+void pack_weights(int taps, int inputs, int outputs, bf16* out, Element element) {
+  const int depth = std::min(inputs, 32), chunks = inputs / depth, m = outputs % 32 ? 1 : 2;
+#pragma omp parallel for collapse(2)
+  for (int panel = 0; panel < outputs / (16 * m); ++panel)
+    for (int tap = 0; tap < taps; ++tap)
+      for (int chunk = 0; chunk < chunks; ++chunk)
+        for (int k = 0; k < 16 * m; ++k) {
+          bf16* row = out + ((((size_t(panel) * taps + tap) * chunks + chunk) * m + k / 16) * 16 + k % 16) * ROW;
+          for (int c = 0; c < depth; ++c) row[c] = rounded(element(panel * 16 * m + k, chunk * depth + c, tap));
+        }
+}
+
+size_t packed_size(int taps, int inputs, int outputs) {
+  return size_t(taps) * outputs * (inputs / std::min(inputs, 32)) * ROW;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------- entry points
+
+extern "C" {
+
+// Ask the kernel for the tile registers. 0: granted.
+int blto_request_amx() { return int(syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */)); }
+
+// Float views [n][pixel][3] in [0, 1], normalised, into [block][pixel][group][2][16][2]. 16 pixels of 16 images at a
+// time are three 16 x 16 transposes. The number of pixels is divisible by 16.
+void blto_pack_images(const float* images, const float* mean, const float* inverse_std, int blocks, int pixels,
+                      bf16* out) {
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < blocks; ++b)
+    for (int group = 0; group < 2; ++group) {
+      const float* first = images + size_t(b * BLOCK + group * GROUP) * pixels * 3;
+      for (int p = 0; p < pixels; p += 16) {
+        __m512i v[48];
+        for (int third = 0; third < 3; ++third) {
+          for (int n = 0; n < GROUP; ++n)
+            v[16 * third + n] = _mm512_loadu_si512(first + (size_t(n) * pixels + p) * 3 + 16 * third);
+          transpose(v + 16 * third);
+        }
+        for (int q = 0; q < 16; ++q) {
+          __m512 c[3];
+          for (int i = 0; i < 3; ++i)
+            c[i] = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(v[3 * q + i]), _mm512_set1_ps(mean[i])),
+                                 _mm512_set1_ps(inverse_std[i]));
+          bf16* target = out + ((size_t(b) * pixels + p + q) * 2 + group) * 2 * ROW;
+          store(target, pack(c[0], c[1]));
+          store(target + ROW, pack(c[2], _mm512_setzero_ps()));
+        }
+      }
+    }
+}
+
+// y = conv(activate(x), w) and the per-channel sums of y and y^2 of each block.
+//   x: [blocks][in_pixels][2][inputs / 2][16][2], or packed images where `windows` (9 source pixels a target) is given
+//   weights: float [outputs][inputs][taps], or [outputs][27] (channel-major, then tap) for images
+//   sums: [2][blocks][outputs]
+void blto_conv_forward(const bf16* x, const float* scale, const float* shift, const float* weights,
+                       const int32_t* start, const int32_t* tap, const int32_t* source, const int32_t* windows,
+                       int blocks, int in_pixels, int out_pixels, int taps, int inputs, int outputs, bf16* y,
+                       float* sums) {
+  std::vector<bf16> packed(packed_size(taps, inputs, outputs));
+  pack_weights(taps, inputs, outputs, packed.data(), [&](int k, int c, int t) {
+    if (!windows) return weights[(size_t(k) * inputs + c) * taps + t];
+    // channel pairs of `windows_block` -> (rgb channel, tap)
+    const int pair = c / 2, second = c % 2;
+    const int colour = pair < 9 ? second : 2, at = pair < 9 ? pair : 2 * (pair - 9) + second;
+    return at < 9 ? weights[size_t(k) * 27 + colour * 9 + at] : 0.0f;
+  });
+  const Pairs pairs{start, tap, source};
+  const size_t in_size = size_t(in_pixels) * inputs * BLOCK, out_size = size_t(out_pixels) * outputs * BLOCK;
+#pragma omp parallel
+  {
+    static thread_local Scratch scratch;
+    configure_tiles(std::min(inputs, 32));
+#pragma omp for schedule(static)
+    for (int b = 0; b < blocks; ++b) {
+      const bf16* operand = x + b * in_size;
+      if (windows) {
+        bf16* made = scratch.get<bf16>(size_t(out_pixels) * 2 * TILE);
+        windows_block(x + size_t(b) * in_pixels * 2 * 2 * ROW, windows, out_pixels, made);
+        operand = made;
+      } else if (scale) {
+        bf16* made = scratch.get<bf16>(in_size);
+        activate_block(operand, {scale, shift}, in_pixels, inputs, made);
+        operand = made;
+      }
+      float *s = sums + size_t(b) * outputs, *q = sums + size_t(blocks + b) * outputs;
+      if (outputs % 32)
+        forward_block<1>(operand, pairs, out_pixels, packed.data(), taps, inputs, outputs, y + b * out_size, s, q);
+      else
+        forward_block<2>(operand, pairs, out_pixels, packed.data(), taps, inputs, outputs, y + b * out_size, s, q);
+    }
+    _tile_release();
+  }
+}
+
+// The backward pass of `blto_conv_forward` for dy, and for d1 and d2, the gradients of the two sums (null: none).
+//   start/tap/source: per input pixel its (tap, output pixel) pairs; tap_start/tap_pixel/tap_source: per tap its
+//   (output pixel, input pixel) pairs
+//   extra: like x, added to dx; null: none
+//   dx: like x, the gradient at x itself (through the activation); null for images
+//   d_affine: [2][blocks][inputs], the gradients of scale and shift; written if there is an activation
+//   dw: float, shaped like weights
+void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const bf16* y, const bf16* x,
+                        const float* scale, const float* shift, const float* weights, const int32_t* start,
+                        const int32_t* tap, const int32_t* source, const int32_t* tap_start, const int32_t* tap_pixel,
+                        const int32_t* tap_source, const int32_t* windows, int blocks, int in_pixels, int out_pixels,
+                        int taps, int inputs, int outputs, const bf16* extra, bf16* dx, float* d_affine, float* dw) {
+  std::vector<bf16> packed;
+  if (dx) {
+    packed.resize(packed_size(taps, outputs, inputs));
+    pack_weights(taps, outputs, inputs, packed.data(),
+                 [&](int c, int k, int t) { return weights[(size_t(k) * inputs + c) * taps + t]; });
+  }
+  const Pairs to_input{start, tap, source}, by_tap{tap_start, tap_pixel, tap_source};
+  const size_t in_size = size_t(in_pixels) * inputs * BLOCK, out_size = size_t(out_pixels) * outputs * BLOCK;
+  const size_t tiles_size = size_t(taps) * inputs * outputs;
+  static thread_local Scratch all_tiles;
+  const int threads = omp_get_max_threads();
+  float* tiles = all_tiles.get<float>(tiles_size * threads);
+  int team = 1;
+#pragma omp parallel
+  {
+    static thread_local Scratch plain_memory, turned_memory, x_memory;
+    bf16* plain = plain_memory.get<bf16>(out_size);
+    bf16* turned = turned_memory.get<bf16>(out_size);
+    bf16* rows = x_memory.get<bf16>(windows ? size_t(out_pixels) * 2 * TILE * 2 : in_size);
+    float* own = tiles + tiles_size * omp_get_thread_num();
+    std::memset(own, 0, tiles_size * sizeof(float));
+#pragma omp single
+    team = omp_get_num_threads();
+#pragma omp for schedule(static)
+    for (int b = 0; b < blocks; ++b) {
+      gradient_block(dy + b * out_size, y + b * out_size, d1, d2, out_pixels, outputs, dx ? plain : nullptr, turned);
+      if (windows) {
+        bf16* made = rows + size_t(out_pixels) * 2 * TILE;
+        windows_block(x + size_t(b) * in_pixels * 2 * 2 * ROW, windows, out_pixels, made);
+        images_in_rows(made, {nullptr, nullptr}, out_pixels, inputs, rows);
+      } else {
+        images_in_rows(x + b * in_size, {scale, shift}, in_pixels, inputs, rows);
+      }
+      configure_tiles(32);
+      weight_gradient_block(rows, turned, by_tap, taps, inputs, outputs, own);
+      if (!dx) continue;
+      configure_tiles(std::min(outputs, 32));
+      float *ds = d_affine + size_t(b) * inputs, *db = d_affine + size_t(blocks + b) * inputs;
+      const Affine affine{scale, shift};
+      const bf16* more = extra ? extra + b * in_size : nullptr;
+      if (inputs % 32)
+        backward_block<1>(plain, to_input, in_pixels, packed.data(), taps, outputs, inputs, x + b * in_size, affine,
+                          more, dx + b * in_size, ds, db);
+      else
+        backward_block<2>(plain, to_input, in_pixels, packed.data(), taps, outputs, inputs, x + b * in_size, affine,
+                          more, dx + b * in_size, ds, db);
+    }
+    _tile_release();
+#pragma omp for schedule(static)
+    for (int c = 0; c < inputs; ++c)
+      for (int t = 0; t < taps; ++t)
+        for (int k = 0; k < outputs; ++k) {
+          const size_t at = ((size_t(t) * (inputs / 16) + c / 16) * (outputs / 16) + k / 16) * 256 + (c % 16) * 16 + k % 16;
+          float sum = 0;
+          for (int thread = 0; thread < team; ++thread) sum += tiles[thread * tiles_size + at];
+          if (!windows) {
+            dw[(size_t(k) * inputs + c) * taps + t] = sum;
+          } else {
+            const int pair = c / 2, second = c % 2;
+            const int colour = pair < 9 ? second : 2, tap_of = pair < 9 ? pair : 2 * (pair - 9) + second;
+            if (tap_of < 9) dw[size_t(k) * 27 + colour * 9 + tap_of] = sum;
+          }
+        }
+  }
+}
+
+// out = relu(scale * y + shift + r), with r = residual, or scale_r * residual + shift_r, or 0 (null residual).
+void blto_merge_forward(const bf16* y, const float* scale, const float* shift, const bf16* residual,
+                        const float* scale_r, const float* shift_r, int blocks, int pixels, int channels, bf16* out) {
+  const int half = channels / 2;
+  const __m512 zero = _mm512_setzero_ps();
+#pragma omp parallel for schedule(static)
+  for (int row = 0; row < blocks * pixels * 2; ++row)
+    for (int c = 0; c < half; ++c) {
+      const size_t at = (size_t(row) * half + c) * ROW;
+      const __m512i v = load(y + at);
+      __m512 z0 = _mm512_fmadd_ps(low(v), _mm512_set1_ps(scale[2 * c]), _mm512_set1_ps(shift[2 * c]));
+      __m512 z1 = _mm512_fmadd_ps(high(v), _mm512_set1_ps(scale[2 * c + 1]), _mm512_set1_ps(shift[2 * c + 1]));
+      if (residual) {
+        const __m512i r = load(residual + at);
+        if (scale_r) {
+          z0 = _mm512_add_ps(z0, _mm512_fmadd_ps(low(r), _mm512_set1_ps(scale_r[2 * c]), _mm512_set1_ps(shift_r[2 * c])));
+          z1 = _mm512_add_ps(z1, _mm512_fmadd_ps(high(r), _mm512_set1_ps(scale_r[2 * c + 1]),
+                                                 _mm512_set1_ps(shift_r[2 * c + 1])));
+        } else {
+          z0 = _mm512_add_ps(z0, low(r)), z1 = _mm512_add_ps(z1, high(r));
+        }
+      }
+      store(out + at, pack(_mm512_max_ps(z0, zero), _mm512_max_ps(z1, zero)));
+    }
+}
+
+// The backward pass of `blto_merge_forward`. dy and dr are the gradients at y and at the residual; sums are
+// [3][blocks][channels]: of scale, of scale_r, and of both shifts.
+void blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const float* scale, const bf16* residual,
+                         const float* scale_r, int blocks, int pixels, int channels, bf16* dy, bf16* dr, float* sums) {
+  const int half = channels / 2;
+  const __m512i nothing = _mm512_setzero_si512();
+#pragma omp parallel
+  {
+    static thread_local Scratch memory;  // running sums of [scale, scale_r, shift][channel][16 images]
+    float* lanes = memory.get<float>(size_t(3) * channels * GROUP);
+    auto add = [&](int which, int k, __m512 v) {
+      float* at = lanes + (size_t(which) * channels + k) * GROUP;
+      _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), v));
+    };
+#pragma omp for schedule(static)
+    for (int b = 0; b < blocks; ++b) {
+      std::memset(lanes, 0, size_t(3) * channels * GROUP * sizeof(float));
+      for (int row = 0; row < 2 * pixels; ++row)
+        for (int c = 0; c < half; ++c) {
+          const size_t at = ((size_t(b) * pixels * 2 + row) * half + c) * ROW;
+          const int k = 2 * c;
+          // out is never negative, so it is positive where its bits are not zero
+          const __mmask32 positive = _mm512_cmpneq_epi16_mask(load(out + at), nothing);
+          const __m512i g = _mm512_maskz_mov_epi16(positive, load(dout + at)), v = load(y + at);
+          const __m512 g0 = low(g), g1 = high(g);
+          add(0, k, _mm512_mul_ps(g0, low(v))), add(0, k + 1, _mm512_mul_ps(g1, high(v)));
+          add(2, k, g0), add(2, k + 1, g1);
+          store(dy + at, pack(_mm512_mul_ps(g0, _mm512_set1_ps(scale[k])), _mm512_mul_ps(g1, _mm512_set1_ps(scale[k + 1]))));
+          if (!residual) continue;
+          if (scale_r) {
+            const __m512i u = load(residual + at);
+            add(1, k, _mm512_mul_ps(g0, low(u))), add(1, k + 1, _mm512_mul_ps(g1, high(u)));
+            store(dr + at, pack(_mm512_mul_ps(g0, _mm512_set1_ps(scale_r[k])),
+                                _mm512_mul_ps(g1, _mm512_set1_ps(scale_r[k + 1]))));
+          } else {
+            store(dr + at, g);
+          }
+        }
+      for (int which = 0; which < 3; ++which)
+        for (int k = 0; k < channels; ++k)
+          sums[(size_t(which) * blocks + b) * channels + k] =
+              _mm512_reduce_add_ps(_mm512_load_ps(lanes + (size_t(which) * channels + k) * GROUP));
+    }
+  }
+}
+
+// Mean over pixels: a map -> float [images][channels].
+void blto_pool_forward(const bf16* x, int blocks, int pixels, int channels, float* out) {
+  const int half = channels / 2;
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < blocks; ++b)
+    for (int group = 0; group < 2; ++group)
+      for (int c = 0; c < half; ++c) {
+        __m512 s0 = _mm512_setzero_ps(), s1 = s0;
+        for (int p = 0; p < pixels; ++p) {
+          const __m512i v = load(x + (((size_t(b) * pixels + p) * 2 + group) * half + c) * ROW);
+          s0 = _mm512_add_ps(s0, low(v)), s1 = _mm512_add_ps(s1, high(v));
+        }
+        alignas(64) float lanes[2][16];
+        const __m512 share = _mm512_set1_ps(1.0f / float(pixels));
+        _mm512_store_ps(lanes[0], _mm512_mul_ps(s0, share)), _mm512_store_ps(lanes[1], _mm512_mul_ps(s1, share));
+        for (int n = 0; n < GROUP; ++n)
+          for (int i = 0; i < 2; ++i) out[size_t(b * BLOCK + group * GROUP + n) * channels + 2 * c + i] = lanes[i][n];
+      }
+}
+
+// Its backward pass: float [images][channels] -> a map.
+void blto_pool_backward(const float* dout, int blocks, int pixels, int channels, bf16* dx) {
+  const int half = channels / 2;
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < blocks; ++b)
+    for (int group = 0; group < 2; ++group)
+      for (int c = 0; c < half; ++c) {
+        alignas(64) float lanes[2][16];
+        for (int n = 0; n < GROUP; ++n)
+          for (int i = 0; i < 2; ++i)
+            lanes[i][n] = dout[size_t(b * BLOCK + group * GROUP + n) * channels + 2 * c + i] / float(pixels);
+        const __m512i v = pack(_mm512_load_ps(lanes[0]), _mm512_load_ps(lanes[1]));
+        for (int p = 0; p < pixels; ++p) store(dx + (((size_t(b) * pixels + p) * 2 + group) * half + c) * ROW, v);
+      }
+}
+
+}  // extern "C"

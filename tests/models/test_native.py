@@ -1,0 +1,194 @@
+"""The native kernels against plain torch: every operation on its own, then whole nets with gradients and statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blto.models.backbones import ResNet
+from blto.models.encoder import Encoder
+from blto.models.native import library, ops, resnet
+
+_, WORDS = library.find_kernels()
+needs_kernels = pytest.mark.skipif(WORDS != "AMX kernels", reason=WORDS)
+
+
+def blocked(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> the kernels' layout, rounded to bf16."""
+    n, c, h, w = x.shape
+    parts = x.detach().bfloat16().reshape(n // 32, 2, 16, c // 2, 2, h * w)
+    return parts.permute(0, 5, 1, 3, 2, 4).contiguous()
+
+
+def unblocked(x: Tensor, height: int) -> Tensor:
+    """The way back, float32."""
+    blocks, pixels, _, half, _, _ = x.shape
+    return x.float().permute(0, 2, 4, 3, 5, 1).reshape(blocks * 32, 2 * half, height, pixels // height)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Normal, and exact in bf16."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+CASES = [  # kernel, stride, inputs, outputs, height, width
+    (3, 1, 32, 32, 8, 8),
+    (3, 2, 32, 64, 8, 8),
+    (1, 2, 64, 128, 8, 8),
+    (1, 1, 32, 96, 4, 4),
+    (3, 1, 16, 16, 8, 8),
+    (3, 2, 16, 32, 6, 10),
+    (3, 1, 32, 16, 5, 3),  # odd sides
+    (3, 2, 128, 64, 7, 7),
+    (3, 1, 64, 64, 1, 1),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize(("kernel", "stride", "inputs", "outputs", "height", "width"), CASES)
+def test_a_convolution_and_all_its_gradients_are_torchs(
+    kernel: int, stride: int, inputs: int, outputs: int, height: int, width: int, activated: bool
+) -> None:
+    x, weight = numbers(64, inputs, height, width), numbers(outputs, inputs, kernel, kernel, seed=1) / 8
+    scale, shift = numbers(inputs, seed=2), numbers(inputs, seed=3)
+    leaves = [x, weight, scale, shift]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    taken = F.relu(x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)) if activated else x
+    expected = F.conv2d(taken, weight, stride=stride, padding=(kernel - 1) // 2)
+    dy, d_sums = numbers(*expected.shape, seed=4), numbers(2, outputs, seed=5) / 4
+    sums = torch.stack((expected.sum((0, 2, 3)), expected.square().sum((0, 2, 3))))
+    extra = numbers(*x.shape, seed=6)
+    wanted = torch.autograd.grad(
+        (expected * dy).sum() + (sums * d_sums).sum() + (x * extra).sum(), leaves if activated else leaves[:2]
+    )
+
+    place = ops.geometry(height, width, kernel, stride)
+    packed = blocked(x).requires_grad_()
+    own = [packed, weight, scale, shift] if activated else [packed, weight]
+    affine = (scale, shift) if activated else (None, None)
+    y, found_sums, same = ops._Convolution.apply(packed, *affine, weight, place)
+    assert error(unblocked(y, expected.shape[2]), expected) < 5e-3
+    assert error(found_sums, sums) < 5e-3
+    objective = (y.float() * blocked(dy).float()).sum() + (found_sums * d_sums).sum()
+    got = torch.autograd.grad(objective + (same.float() * blocked(extra).float()).sum(), own)
+    assert error(unblocked(got[0], height), wanted[0]) < 1.5e-2
+    for one, other in zip(got[1:], wanted[1:], strict=True):
+        assert error(one, other) < 1.5e-2
+
+
+@needs_kernels
+@pytest.mark.parametrize("shortcut", ["none", "identity", "normalised"])
+def test_a_merge_and_all_its_gradients_are_torchs(shortcut: str) -> None:
+    y, r = numbers(32, 48, 4, 4).requires_grad_(), numbers(32, 48, 4, 4, seed=1).requires_grad_()
+    vectors = [numbers(48, seed=seed).requires_grad_() for seed in range(2, 6)]
+    scale, shift, scale_r, shift_r = (vector.view(1, -1, 1, 1) for vector in vectors)
+    rest = {"none": torch.zeros(()), "identity": r, "normalised": r * scale_r + shift_r}[shortcut]
+    expected = F.relu(y * scale + shift + rest)
+    d_out = numbers(*expected.shape, seed=7)
+    used = {
+        "none": [y, *vectors[:2]],
+        "identity": [y, *vectors[:2], r],
+        "normalised": [y, *vectors[:2], r, *vectors[2:]],
+    }
+    wanted = torch.autograd.grad((expected * d_out).sum(), used[shortcut])
+
+    leaves = [blocked(leaf).requires_grad_() if leaf.ndim == 4 else leaf for leaf in used[shortcut]]
+    out = ops._Merge.apply(*leaves, *[None] * (6 - len(leaves)))
+    assert error(unblocked(out, 4), expected) < 5e-3
+    got = torch.autograd.grad((out.float() * blocked(d_out).float()).sum(), leaves)
+    for one, other in zip(got, wanted, strict=True):
+        assert error(unblocked(one, 4) if one.ndim > 1 else one, other) < 1e-2
+
+
+@needs_kernels
+def test_pooling_and_packing_are_torchs() -> None:
+    x = numbers(64, 32, 4, 4)
+    packed = blocked(x).requires_grad_()
+    features = ops.pool(ops.Map(packed, 4, 4))
+    assert error(features, x.mean((2, 3))) < 1e-5
+    d_out = numbers(64, 32, seed=1)
+    (got,) = torch.autograd.grad((features * d_out).sum(), packed)
+    assert error(unblocked(got, 4), (d_out / 16)[:, :, None, None].expand(64, 32, 4, 4)) < 5e-3
+
+    images, mean, std = torch.rand(32, 3, 4, 8), torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 2.0])
+    found = unblocked(ops.pack_images(images, mean, std).y, 4)
+    assert error(found[:, :3], (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)) < 5e-3
+    assert not found[:, 3].any()
+
+
+def nets(widths: tuple[int, ...], stem_stride: int) -> tuple[Encoder, Encoder, Encoder]:
+    """The same net in float64, in bf16 torch and through the kernels."""
+    torch.manual_seed(0)
+    exact = Encoder(ResNet((1,) * len(widths), widths, stem_stride))
+    rounded, native = (Encoder(ResNet((1,) * len(widths), widths, stem_stride)) for _ in range(2))
+    for other in (rounded, native):
+        other.load_state_dict(exact.state_dict())
+    native.native = True
+    return exact.double(), rounded, native
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("widths", "stem_stride"), [((32, 64), 2), ((16, 32), 1)])
+def test_a_net_is_as_near_to_float64_as_torchs_bf16(widths: tuple[int, ...], stem_stride: int, threads: int) -> None:
+    exact, rounded, native = nets(widths, stem_stride)
+    images, weights = torch.rand(64, 3, 16, 16), torch.randn(64, widths[-1])
+    assert resnet.supports(native.backbone, images)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        wanted = exact(images.double())
+        (wanted * weights.double()).sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [rounded(images), native(images)]
+        for features in found:
+            (features.float() * weights).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert error(found[1], wanted) < 1.2 * error(found[0], wanted)
+    for (name, p), q, r in zip(exact.named_parameters(), rounded.parameters(), native.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert r.grad is not None
+        assert error(r.grad, p.grad) < max(0.02, 1.5 * error(q.grad, p.grad)), name
+    for (name, wanted_buffer), buffer in zip(exact.named_buffers(), native.buffers(), strict=True):
+        assert error(buffer, wanted_buffer) < 0.01, name
+    for net in (exact, native):
+        net.eval()
+    with torch.no_grad():
+        assert error(native(images), exact(images.double())) < 0.02
+
+
+@needs_kernels
+def test_what_the_kernels_do_not_fit_goes_through_torch() -> None:
+    net, images = ResNet((1, 1), (32, 64), 1), torch.rand(32, 3, 16, 16)
+    assert resnet.supports(net, images)
+    assert not resnet.supports(net, images[:31])
+    assert not resnet.supports(net, images[:0])
+    assert not resnet.supports(net, images.clone().requires_grad_())
+    assert not resnet.supports(net, torch.rand(32, 3, 15, 15))
+    assert not resnet.supports(net, images.to("meta"))
+    assert not resnet.supports(ResNet((1, 1), (24, 48), 1), images)
+    assert not resnet.supports(nn.Identity(), images)
+
+
+def test_a_processor_without_amx_takes_the_plain_path_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    library.find_kernels.cache_clear()
+    try:
+        assert library.find_kernels() == (None, "plain torch: this processor has no AMX-BF16")
+        assert not resnet.supports(ResNet((1,), (32,), 1), torch.rand(32, 3, 16, 16))
+        with pytest.raises(RuntimeError, match="no AMX-BF16"):
+            library.kernels()
+    finally:
+        library.find_kernels.cache_clear()
