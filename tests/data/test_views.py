@@ -188,6 +188,19 @@ def test_what_the_kernel_would_misread_is_refused(images: Array, rows: list[int]
         views.fast(images, np.array(rows), params)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("view", [0, 1])
+def test_the_compiled_gradient_is_that_of_the_batched_torch_operations(recipe: str, view: int) -> None:
+    images = torch.rand(48, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
+    views = Views(RECIPES[recipe], SIZE)
+    params = views.draw(seed=5, epoch=1, samples=np.arange(48), view=view)
+    compiled, batched = images.clone().requires_grad_(), images.double().requires_grad_()
+    (found,) = torch.autograd.grad((views.differentiable(compiled, params) * weights).sum(), compiled)
+    (wanted,) = torch.autograd.grad((views.differentiable(batched, params) * weights.double()).sum(), batched)
+    assert (found - wanted).flatten(1).norm(dim=1).div(wanted.flatten(1).norm(dim=1)).max() < 1e-5
+
+
 def test_the_differentiable_back_end_refuses_other_sizes() -> None:
     views = Views(RECIPES["simclr"], SIZE)
     params = views.draw(seed=0, epoch=0, samples=np.arange(2), view=0)

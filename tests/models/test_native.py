@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from blto.models.backbones import ResNet
 from blto.models.encoder import Encoder
 from blto.models.native import library, ops, resnet
+from blto.models.native.batch_norm import batch_norm_affine
 
 _, WORDS = library.find_kernels()
 needs_kernels = pytest.mark.skipif(WORDS != "AMX kernels", reason=WORDS)
@@ -142,15 +145,17 @@ def nets(widths: tuple[int, ...], stem_stride: int) -> tuple[Encoder, Encoder, E
 @pytest.mark.parametrize(("widths", "stem_stride"), [((32, 64), 2), ((16, 32), 1)])
 def test_a_net_is_as_near_to_float64_as_torchs_bf16(widths: tuple[int, ...], stem_stride: int, threads: int) -> None:
     exact, rounded, native = nets(widths, stem_stride)
-    images, weights = torch.rand(64, 3, 16, 16), torch.randn(64, widths[-1])
+    weights = torch.randn(64, widths[-1])
+    images = torch.rand(64, 3, 16, 16)
     assert resnet.supports(native.backbone, images)
+    leaves = [images.double().requires_grad_(), *(images.clone().requires_grad_() for _ in range(2))]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        wanted = exact(images.double())
+        wanted = exact(leaves[0])
         (wanted * weights.double()).sum().backward()
         with torch.autocast("cpu", torch.bfloat16):
-            found = [rounded(images), native(images)]
+            found = [rounded(leaves[1]), native(leaves[2])]
         for features in found:
             (features.float() * weights).sum().backward()
     finally:
@@ -161,6 +166,11 @@ def test_a_net_is_as_near_to_float64_as_torchs_bf16(widths: tuple[int, ...], ste
         assert q.grad is not None
         assert r.grad is not None
         assert error(r.grad, p.grad) < max(0.02, 1.5 * error(q.grad, p.grad)), name
+    by_image = [leaf.grad for leaf in leaves]
+    assert by_image[0] is not None
+    assert by_image[1] is not None
+    assert by_image[2] is not None
+    assert error(by_image[2], by_image[0]) < max(0.02, 1.2 * error(by_image[1], by_image[0]))
     for (name, wanted_buffer), buffer in zip(exact.named_buffers(), native.buffers(), strict=True):
         assert error(buffer, wanted_buffer) < 0.01, name
     for net in (exact, native):
@@ -175,7 +185,6 @@ def test_what_the_kernels_do_not_fit_goes_through_torch() -> None:
     assert resnet.supports(net, images)
     assert not resnet.supports(net, images[:31])
     assert not resnet.supports(net, images[:0])
-    assert not resnet.supports(net, images.clone().requires_grad_())
     assert not resnet.supports(net, torch.rand(32, 3, 15, 15))
     assert not resnet.supports(net, images.to("meta"))
     assert not resnet.supports(ResNet((1, 1), (24, 48), 1), images)
@@ -192,3 +201,31 @@ def test_a_processor_without_amx_takes_the_plain_path_and_says_so(monkeypatch: p
             library.kernels()
     finally:
         library.find_kernels.cache_clear()
+
+
+@needs_kernels
+def test_gradients_to_the_images_alone_are_the_same_as_with_the_weights() -> None:
+    _, _, native = nets((32, 64), 2)
+    native.eval()
+    images = torch.rand(32, 3, 16, 16).requires_grad_()
+    (with_weights,) = torch.autograd.grad(native(images).sum(), images)
+    native.requires_grad_(False)
+    (alone,) = torch.autograd.grad(native(images).sum(), images)
+    assert torch.equal(alone, with_weights)
+
+
+def test_batch_norm_from_sums_is_torchs_with_its_gradients_and_statistics() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(5).double()
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    nn.init.normal_(norm.bias)
+    other = copy.deepcopy(norm)
+    x, d_out = (2 * torch.randn(8, 5, 3, 3).double() + 1).requires_grad_(), torch.randn(8, 5, 3, 3).double()
+    wanted = torch.autograd.grad((norm(x) * d_out).sum(), [x, norm.weight, norm.bias])
+    sums = torch.stack((x.sum((0, 2, 3)), x.square().sum((0, 2, 3))))
+    scale, shift = batch_norm_affine(other, sums, 72)
+    out = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    for one, two in zip(torch.autograd.grad((out * d_out).sum(), [x, other.weight, other.bias]), wanted, strict=True):
+        assert torch.allclose(one, two)
+    for one, two in zip(other.buffers(), norm.buffers(), strict=True):
+        assert torch.allclose(one, two)

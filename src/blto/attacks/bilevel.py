@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from blto.attacks.objective import Similarities, batch_statistics, similarities, whitening_basis
+from blto.attacks.objective import Similarities, batch_statistics, held, similarities, whitening_basis
 from blto.data.images import ImageSet
 from blto.data.views import Views
 from blto.errors import Diverged
@@ -246,7 +246,8 @@ class BilevelOptimisation:
         self.surrogate.method.eval()
         with torch.no_grad():
             second, third = self._embed(torch.cat((references, clean))).chunk(2)
-        return self._embed(triggered), second, third
+        with held(self.surrogate.method):
+            return self._embed(triggered), second, third
 
     def _embed(self, views: Tensor) -> Tensor:
         method = self.surrogate.method

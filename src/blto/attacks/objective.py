@@ -79,6 +79,19 @@ def whitening_basis(features: Tensor, shrinkage: float) -> Tensor:
 
 
 @contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """No gradient is computed for the parameters of `module`; it still flows through."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norm normalises with the batch's own statistics and leaves the running ones alone; all else evaluates."""
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

@@ -9,7 +9,7 @@ training; the differentiable one reads floats and lets gradients flow to the ima
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache
@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from blto.data import views_numba, views_torch
+from blto.data import views_gradient, views_numba, views_torch
 from blto.errors import ConfigError, InputRefused, nearest
 from blto.registry import validate
 
@@ -231,20 +231,14 @@ class Views:
             raise InputRefused(f"views: rows {rows.min()} to {rows.max()} are not all within {len(images)} images.")
         out = torch.empty((len(rows), 3, self.size, self.size), memory_format=torch.channels_last)
         target = out.permute(0, 2, 3, 1).numpy()
-        threads = max(1, min(torch.get_num_threads(), len(rows) // CHUNK))
-        bounds = [len(rows) * part // threads for part in range(threads + 1)]
         arguments = (frozen(images), frozen(rows), tuple(map(frozen, params.arrays)), self.blur_radius, target)
-        others = [
-            pool(os.getpid()).submit(views_numba.render, *arguments, start, stop)
-            for start, stop in list(pairwise(bounds))[1:]
-        ]
-        views_numba.render(*arguments, bounds[0], bounds[1])
-        for other in others:
-            other.result()
+        split(views_numba.render, len(rows), *arguments)
         return out
 
     def differentiable(self, images: Tensor, params: ViewParameters) -> Tensor:
         """Views of float images (B, 3, H, W) in [0, 1], differentiable in the images, on their device.
+
+        float32 on a CPU goes through compiled kernels and is differentiable once; the rest is batched torch operations.
 
         Returns:
             (B, 3, S, S) in [0, 1]; float64 stays, other types become float32.
@@ -253,6 +247,10 @@ class Views:
             InputRefused: not (B, 3, H, W), or another B or size than `params` was drawn for.
         """
         check_shape(images.shape, images.shape[:1], params)
+        if images.dtype == torch.float32 and images.device.type == "cpu":
+            arrays = tuple(map(frozen, params.arrays))
+            views: Tensor = views_gradient.RenderFloat.apply(images, arrays, self.size, self.blur_radius, split)
+            return views
         return views_torch.apply(images, *params.arrays, size=self.size, blur_radius=self.blur_radius)
 
 
@@ -271,6 +269,16 @@ def frozen(array: Array) -> Array:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def split(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Run `kernel(*arguments, start, stop)` over parts of 0 to `count`, on torch's number of threads."""
+    threads = max(1, min(torch.get_num_threads(), count // CHUNK))
+    first, *others = pairwise(count * part // threads for part in range(threads + 1))
+    running = [pool(os.getpid()).submit(kernel, *arguments, *part) for part in others]
+    kernel(*arguments, *first)
+    for other in running:
+        other.result()
 
 
 @cache

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from blto.errors import ConfigError, nearest
 from blto.registry import Card
 
+Width = Annotated[int, Field(ge=4, le=2048)]
+
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -77,24 +79,30 @@ class ResNet18(ResNet):
 
 
 class SmallResNet(ResNet):
-    """A three-stage residual net for two CPU cores: one block a stage, early downsampling.
+    """A residual net for two CPU cores: few blocks, early downsampling.
+
+    Widths of 16 or divisible by 32 run on the native kernels.
 
     Args:
-        width: channels of the first stage; then 2x and 4x.
+        width: channels of the first of three stages; then 2x and 4x.
+        widths: channels of every stage, two to five of them, in place of `width`.
         blocks: basic blocks a stage.
         stem_stride: 2 halves the map at once (16x16 for 32x32 images), 1 keeps it.
     """
 
-    card = Card("small ResNet", "three-stage residual net for work on CPUs")
+    card = Card("small ResNet", "residual net of few blocks for work on CPUs")
 
     def __init__(
         self,
         *,
         width: Annotated[int, Field(ge=4, le=512)] = 32,
+        widths: Annotated[tuple[Annotated[int, Field(ge=4, le=2048)], ...], Field(min_length=2, max_length=5)]
+        | None = None,
         blocks: Annotated[int, Field(ge=1, le=8)] = 1,
         stem_stride: Annotated[int, Field(ge=1, le=2)] = 2,
     ) -> None:
-        super().__init__((blocks,) * 3, (width, 2 * width, 4 * width), stem_stride)
+        channels = widths or (width, 2 * width, 4 * width)
+        super().__init__((blocks,) * len(channels), channels, stem_stride)
 
 
 class LibraryBackbone:

@@ -240,6 +240,29 @@ void windows_block(const bf16* input, const int32_t* source, int pixels, bf16* o
     }
 }
 
+// The adjoint of `windows_block`: sums the gradients of all windows that a pixel lies in. `sums` is working memory of
+// pixels * 6 * 16 floats.
+void windows_adjoint(const bf16* gradient, const int32_t* source, int in_pixels, int out_pixels, float* sums, bf16* out) {
+  std::memset(sums, 0, size_t(in_pixels) * 6 * GROUP * sizeof(float));
+  for (int p = 0; p < out_pixels; ++p)
+    for (int group = 0; group < 2; ++group)
+      for (int t = 0; t < 9; ++t) {
+        const int32_t q = source[p * 9 + t];
+        if (q < 0) continue;
+        const bf16* from = gradient + (size_t(p) * 2 + group) * TILE;
+        const __m512i red_green = load(from + t * ROW), blues = load(from + (9 + t / 2) * ROW);
+        float* to = sums + (size_t(q) * 2 + group) * 3 * GROUP;
+        _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), low(red_green)));
+        _mm512_store_ps(to + 16, _mm512_add_ps(_mm512_load_ps(to + 16), high(red_green)));
+        _mm512_store_ps(to + 32, _mm512_add_ps(_mm512_load_ps(to + 32), t % 2 ? high(blues) : low(blues)));
+      }
+  for (int q = 0; q < 2 * in_pixels; ++q) {
+    const float* from = sums + size_t(q) * 3 * GROUP;
+    store(out + size_t(q) * 2 * ROW, pack(_mm512_load_ps(from), _mm512_load_ps(from + 16)));
+    store(out + size_t(q) * 2 * ROW + ROW, pack(_mm512_load_ps(from + 32), _mm512_setzero_ps()));
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------- products
 
 // One target pixel: acc[m][group] = sum over its pairs of W_tap[16 m ..][c] source[c][16 images of group].
@@ -440,6 +463,13 @@ void pack_weights(int taps, int inputs, int outputs, bf16* out, Element element)
         }
 }
 
+// Where input c (of 32) of a window stands in the weights of a 3x3 convolution of RGB images; -1: nowhere.
+int window_weight(int c) {
+  const int pair = c / 2, second = c % 2;
+  const int colour = pair < 9 ? second : 2, tap = pair < 9 ? pair : 2 * (pair - 9) + second;
+  return tap < 9 ? colour * 9 + tap : -1;
+}
+
 size_t packed_size(int taps, int inputs, int outputs) {
   return size_t(taps) * outputs * (inputs / std::min(inputs, 32)) * ROW;
 }
@@ -481,6 +511,30 @@ void blto_pack_images(const float* images, const float* mean, const float* inver
     }
 }
 
+// Its adjoint: a gradient in that layout into float [n][pixel][3].
+void blto_pack_images_backward(const bf16* gradient, const float* inverse_std, int blocks, int pixels, float* out) {
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < blocks; ++b)
+    for (int group = 0; group < 2; ++group) {
+      float* first = out + size_t(b * BLOCK + group * GROUP) * pixels * 3;
+      for (int p = 0; p < pixels; p += 16) {
+        __m512i v[48];
+        for (int q = 0; q < 16; ++q) {
+          const bf16* from = gradient + ((size_t(b) * pixels + p + q) * 2 + group) * 2 * ROW;
+          const __m512i red_green = load(from), blue = load(from + ROW);
+          const __m512 c[3] = {low(red_green), high(red_green), low(blue)};
+          for (int i = 0; i < 3; ++i)
+            v[3 * q + i] = _mm512_castps_si512(_mm512_mul_ps(c[i], _mm512_set1_ps(inverse_std[i])));
+        }
+        for (int third = 0; third < 3; ++third) {
+          transpose(v + 16 * third);
+          for (int n = 0; n < GROUP; ++n)
+            _mm512_storeu_si512(first + (size_t(n) * pixels + p) * 3 + 16 * third, v[16 * third + n]);
+        }
+      }
+    }
+}
+
 // y = conv(activate(x), w) and the per-channel sums of y and y^2 of each block.
 //   x: [blocks][in_pixels][2][inputs / 2][16][2], or packed images where `windows` (9 source pixels a target) is given
 //   weights: float [outputs][inputs][taps], or [outputs][27] (channel-major, then tap) for images
@@ -492,10 +546,8 @@ void blto_conv_forward(const bf16* x, const float* scale, const float* shift, co
   std::vector<bf16> packed(packed_size(taps, inputs, outputs));
   pack_weights(taps, inputs, outputs, packed.data(), [&](int k, int c, int t) {
     if (!windows) return weights[(size_t(k) * inputs + c) * taps + t];
-    // channel pairs of `windows_block` -> (rgb channel, tap)
-    const int pair = c / 2, second = c % 2;
-    const int colour = pair < 9 ? second : 2, at = pair < 9 ? pair : 2 * (pair - 9) + second;
-    return at < 9 ? weights[size_t(k) * 27 + colour * 9 + at] : 0.0f;
+    const int at = window_weight(c);
+    return at < 0 ? 0.0f : weights[size_t(k) * 27 + at];
   });
   const Pairs pairs{start, tap, source};
   const size_t in_size = size_t(in_pixels) * inputs * BLOCK, out_size = size_t(out_pixels) * outputs * BLOCK;
@@ -529,9 +581,9 @@ void blto_conv_forward(const bf16* x, const float* scale, const float* shift, co
 //   start/tap/source: per input pixel its (tap, output pixel) pairs; tap_start/tap_pixel/tap_source: per tap its
 //   (output pixel, input pixel) pairs
 //   extra: like x, added to dx; null: none
-//   dx: like x, the gradient at x itself (through the activation); null for images
+//   dx: like x, the gradient at x itself (through the activation); null: not wanted
 //   d_affine: [2][blocks][inputs], the gradients of scale and shift; written if there is an activation
-//   dw: float, shaped like weights
+//   dw: float, shaped like weights; null: not wanted
 void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const bf16* y, const bf16* x,
                         const float* scale, const float* shift, const float* weights, const int32_t* start,
                         const int32_t* tap, const int32_t* source, const int32_t* tap_start, const int32_t* tap_pixel,
@@ -541,7 +593,11 @@ void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const 
   if (dx) {
     packed.resize(packed_size(taps, outputs, inputs));
     pack_weights(taps, outputs, inputs, packed.data(),
-                 [&](int c, int k, int t) { return weights[(size_t(k) * inputs + c) * taps + t]; });
+                 [&](int c, int k, int t) {
+                   if (!windows) return weights[(size_t(k) * inputs + c) * taps + t];
+                   const int at = window_weight(c);
+                   return at < 0 ? 0.0f : weights[size_t(k) * 27 + at];
+                 });
   }
   const Pairs to_input{start, tap, source}, by_tap{tap_start, tap_pixel, tap_source};
   const size_t in_size = size_t(in_pixels) * inputs * BLOCK, out_size = size_t(out_pixels) * outputs * BLOCK;
@@ -552,28 +608,38 @@ void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const 
   int team = 1;
 #pragma omp parallel
   {
-    static thread_local Scratch plain_memory, turned_memory, x_memory;
+    static thread_local Scratch plain_memory, turned_memory, x_memory, sums_memory;
+    const size_t windows_size = size_t(out_pixels) * 2 * TILE;
     bf16* plain = plain_memory.get<bf16>(out_size);
     bf16* turned = turned_memory.get<bf16>(out_size);
-    bf16* rows = x_memory.get<bf16>(windows ? size_t(out_pixels) * 2 * TILE * 2 : in_size);
+    bf16* rows = x_memory.get<bf16>(windows ? 2 * windows_size : in_size);
     float* own = tiles + tiles_size * omp_get_thread_num();
-    std::memset(own, 0, tiles_size * sizeof(float));
+    if (dw) std::memset(own, 0, tiles_size * sizeof(float));
 #pragma omp single
     team = omp_get_num_threads();
 #pragma omp for schedule(static)
     for (int b = 0; b < blocks; ++b) {
       gradient_block(dy + b * out_size, y + b * out_size, d1, d2, out_pixels, outputs, dx ? plain : nullptr, turned);
-      if (windows) {
-        bf16* made = rows + size_t(out_pixels) * 2 * TILE;
-        windows_block(x + size_t(b) * in_pixels * 2 * 2 * ROW, windows, out_pixels, made);
-        images_in_rows(made, {nullptr, nullptr}, out_pixels, inputs, rows);
-      } else {
-        images_in_rows(x + b * in_size, {scale, shift}, in_pixels, inputs, rows);
+      const size_t image_size = size_t(in_pixels) * 2 * 2 * ROW;
+      if (dw) {
+        if (windows) {
+          windows_block(x + b * image_size, windows, out_pixels, rows + windows_size);
+          images_in_rows(rows + windows_size, {nullptr, nullptr}, out_pixels, inputs, rows);
+        } else {
+          images_in_rows(x + b * in_size, {scale, shift}, in_pixels, inputs, rows);
+        }
+        configure_tiles(32);
+        weight_gradient_block(rows, turned, by_tap, taps, inputs, outputs, own);
       }
-      configure_tiles(32);
-      weight_gradient_block(rows, turned, by_tap, taps, inputs, outputs, own);
       if (!dx) continue;
       configure_tiles(std::min(outputs, 32));
+      if (windows) {
+        backward_block<2>(plain, to_input, out_pixels, packed.data(), taps, outputs, inputs, nullptr,
+                          {nullptr, nullptr}, nullptr, rows, nullptr, nullptr);
+        float* sums = sums_memory.get<float>(size_t(in_pixels) * 6 * GROUP);
+        windows_adjoint(rows, windows, in_pixels, out_pixels, sums, dx + b * image_size);
+        continue;
+      }
       float *ds = d_affine + size_t(b) * inputs, *db = d_affine + size_t(blocks + b) * inputs;
       const Affine affine{scale, shift};
       const bf16* more = extra ? extra + b * in_size : nullptr;
@@ -586,7 +652,7 @@ void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const 
     }
     _tile_release();
 #pragma omp for schedule(static)
-    for (int c = 0; c < inputs; ++c)
+    for (int c = 0; c < (dw ? inputs : 0); ++c)
       for (int t = 0; t < taps; ++t)
         for (int k = 0; k < outputs; ++k) {
           const size_t at = ((size_t(t) * (inputs / 16) + c / 16) * (outputs / 16) + k / 16) * 256 + (c % 16) * 16 + k % 16;
@@ -594,10 +660,8 @@ void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const 
           for (int thread = 0; thread < team; ++thread) sum += tiles[thread * tiles_size + at];
           if (!windows) {
             dw[(size_t(k) * inputs + c) * taps + t] = sum;
-          } else {
-            const int pair = c / 2, second = c % 2;
-            const int colour = pair < 9 ? second : 2, tap_of = pair < 9 ? pair : 2 * (pair - 9) + second;
-            if (tap_of < 9) dw[size_t(k) * 27 + colour * 9 + tap_of] = sum;
+          } else if (window_weight(c) >= 0) {
+            dw[size_t(k) * 27 + window_weight(c)] = sum;
           }
         }
   }

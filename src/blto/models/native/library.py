@@ -11,6 +11,7 @@ import torch
 
 ENTRY_POINTS = (
     "blto_pack_images",
+    "blto_pack_images_backward",
     "blto_conv_forward",
     "blto_conv_backward",
     "blto_merge_forward",

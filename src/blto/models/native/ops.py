@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from blto.models.native.batch_norm import batch_norm_affine
 from blto.models.native.library import kernels
 
 BLOCK = 32
@@ -118,7 +119,8 @@ class _Convolution(torch.autograd.Function):
         dy, extra = dy.contiguous(), None if extra is None else extra.contiguous()
         d1, d2 = (None, None) if d_sums is None else d_sums.contiguous()
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        d_affine, dw = torch.empty(2, blocks, inputs), torch.empty_like(weight)
+        dw = torch.empty_like(weight) if ctx.needs_input_grad[3] else None
+        d_affine = torch.empty(2, blocks, inputs)
         kernels().blto_conv_backward(
             *map(_pointer, (dy, d1, d2, y, x, scale, shift, weight)),
             *map(_pointer, (*place.backward, *place.by_tap, place.windows)),
@@ -129,30 +131,27 @@ class _Convolution(torch.autograd.Function):
         return dx, d_scale, d_shift, dw, None
 
 
-class _BatchNormAffine(torch.autograd.Function):
-    """(sums (2, C), weight, bias) -> scale, shift, mean, variance; a handful of vector operations each way."""
-
+class _PackImages(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, sums: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, square = sums / count
-        variance = (square - mean.square()).clamp_min_(0)
-        inverse = (variance + eps).rsqrt_()
-        scale = weight * inverse
-        ctx.save_for_backward(mean, inverse, scale, weight)
-        ctx.count = count
-        ctx.mark_non_differentiable(mean, variance)
-        return scale, bias - mean * scale, mean, variance
+    def forward(ctx: Any, images: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
+        count, _, height, width = images.shape
+        images = images.float().contiguous(memory_format=torch.channels_last)
+        y = _map(count // BLOCK, height * width, 4)
+        kernels().blto_pack_images(
+            *map(_pointer, (images, mean, inverse_std)), count // BLOCK, height * width, _pointer(y)
+        )
+        ctx.save_for_backward(inverse_std)
+        ctx.shape = images.shape
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_scale: Tensor, d_shift: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        mean, inverse, scale, weight = ctx.saved_tensors
-        through_scale = (d_scale - mean * d_shift) * inverse
-        d_variance = through_scale * weight * inverse.square() * -0.5
-        d_mean = -scale * d_shift - 2 * mean * d_variance
-        return torch.stack((d_mean, d_variance)) / ctx.count, through_scale, d_shift, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse_std,) = ctx.saved_tensors
+        out = torch.empty(ctx.shape, memory_format=torch.channels_last)
+        blocks, pixels = dy.shape[:2]
+        kernels().blto_pack_images_backward(*map(_pointer, (dy, inverse_std)), blocks, pixels, _pointer(out))
+        return out, None, None
 
 
 class _Merge(torch.autograd.Function):
@@ -227,12 +226,8 @@ class Map:
 
 def pack_images(images: Tensor, mean: Tensor, std: Tensor) -> Map:
     """Float images (N, 3, H, W) in [0, 1], N divisible by 32 -> a normalised blocked map of images."""
-    count, _, height, width = images.shape
-    images = images.detach().float().contiguous(memory_format=torch.channels_last)
-    y = _map(count // BLOCK, height * width, 4)
-    inverse = (1 / std).contiguous()
-    kernels().blto_pack_images(*map(_pointer, (images, mean, inverse)), count // BLOCK, height * width, _pointer(y))
-    return Map(y, height, width)
+    y = _PackImages.apply(images, mean.contiguous(), (1 / std).contiguous())
+    return Map(y, images.shape[2], images.shape[3])
 
 
 def convolve_normalise(
@@ -245,34 +240,6 @@ def convolve_normalise(
     scale, shift = batch_norm_affine(norm, sums, len(y) * BLOCK * place.out_pixels)
     made = Map(y, -(-x.height // stride), -(-x.width // stride), scale, shift)
     return made, replace(x, y=same)
-
-
-def batch_norm_affine(norm: nn.BatchNorm2d, sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a batch norm from the per-channel sums (2, C) of its input and of its square over `count`.
-
-    In training mode it moves the running statistics as torch does.
-    """
-    if not norm.training:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return scale, norm.bias - norm.running_mean * scale
-    scale, shift, mean, variance = _BatchNormAffine.apply(sums, norm.weight, norm.bias, norm.eps, count)
-    if norm.track_running_stats:
-        move_running_statistics(norm, mean, variance, count)
-    return scale, shift
-
-
-@torch.no_grad()
-def move_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """As `torch.nn.BatchNorm2d` in training mode: exponential averages, the variance unbiased."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    assert norm.momentum is not None
-    norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
 
 
 def activate(x: Map, residual: Map | None = None) -> Map:

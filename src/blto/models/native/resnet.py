@@ -14,13 +14,11 @@ from blto.models.native.library import find_kernels
 def supports(backbone: nn.Module, images: Tensor) -> bool:
     """Whether `features` can take over: a residual net of fitting widths on the CPU, whole blocks of images.
 
-    Widths must be 16 or divisible by 32, the images' number divisible by 32 and their pixels by 16. Gradients reach the
-    parameters, not the images.
+    Widths must be 16 or divisible by 32, the images' number divisible by 32 and their pixels by 16.
     """
     return (
         isinstance(backbone, ResNet)
         and images.device.type == "cpu"
-        and not images.requires_grad
         and len(images) > 0
         and len(images) % ops.BLOCK == 0
         and images.shape[2] * images.shape[3] % 16 == 0

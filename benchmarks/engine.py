@@ -1,0 +1,156 @@
+"""Speed of the pretraining engine against lightly, as ratios of interleaved runs. To run: make bench-engine
+
+Needs CIFAR-10 (BLTO_DATA) and a quiet machine: a turn during which other processes used more than a quarter of a core
+does not count, and fewer than three undisturbed rounds give no verdict. Writes benchmarks/results/engine.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.utils.benchmarking import knn_predict as lightly_knn
+from torch import nn
+
+from benchmarks import peers, timing
+from blto.attacks.bilevel import BilevelOptimisation, BilevelSpec
+from blto.attacks.untrained_generator import fresh_generator_trigger
+from blto.data import load
+from blto.data.images import ImageSet
+from blto.evaluation import extract
+from blto.evaluation.probes import knn_predict
+from blto.files import write_json
+from blto.models.encoder import build_encoder
+from blto.models.native.library import find_kernels
+
+RESULT = Path(__file__).parent / "results" / "engine.json"
+
+
+def training(images: ImageSet, width: int, batch_size: int, steps: int, rounds: int) -> dict[str, Any]:
+    """End to end, SimCLR on ResNet-18: ours, lightly as it ships, and lightly's model in bf16 on our data path."""
+    candidates = {
+        "ours": peers.ours(images, width, batch_size, 4 * steps),
+        "lightly": peers.lightly_as_shipped(images, width, batch_size, steps),
+        "lightly, 2 workers": peers.lightly_as_shipped(images, width, batch_size, 6 * steps, workers=2),
+        "lightly bf16 on our data": peers.lightly_on_our_data(images, width, batch_size, 2 * steps),
+    }
+    turns = timing.interleave(candidates, rounds=rounds)
+    return summary(f"ResNet-18 width {width}, batch {batch_size}", turns)
+
+
+def views(images: ImageSet, rounds: int) -> dict[str, Any]:
+    """Augmentation alone on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    turns = timing.interleave(peers.augmentation(images, 256), rounds=rounds)
+    torch.set_num_threads(threads)
+    return summary("augmentation alone, one process, one thread", turns)
+
+
+def bilevel(images: ImageSet, rounds: int) -> dict[str, Any]:
+    """A BLTO round (an inner and an outer step of the CPU recipe's sizes) against an inner step alone, same batch."""
+    recipe = {"method": "simclr", "backbone": {"name": "small_resnet", "width": 32}, "batch_size": 128}
+    spec = BilevelSpec.model_validate({"surrogate": recipe, "outer_batch_size": 128, "similarity": "centred"})
+    trigger = fresh_generator_trigger({"name": "unet"}, 8 / 255, "residual", seed=0)
+    run = BilevelOptimisation(trigger, images, spec, target_class=9, poison_rate=0.01, seed=0)
+
+    def inner() -> int:
+        for _ in range(20):
+            run.inner_step()
+        return 20
+
+    def both() -> int:
+        for number in range(20):
+            run.inner_step()
+            run.outer_step(number, 1e-3)
+        return 20
+
+    return summary("BLTO: rounds a second", timing.interleave({"ours": both, "inner step alone": inner}, rounds=rounds))
+
+
+def features_and_knn(train: ImageSet, test: ImageSet, rounds: int) -> dict[str, Any]:
+    """Features of 60,000 images and a kNN vote on 10,000, fp32 both, the same small encoder."""
+    encoder = build_encoder({"name": "small_resnet", "width": 32}, seed=0).eval()
+    assert train.labels is not None
+    labels = torch.from_numpy(train.labels)
+
+    def own() -> int:
+        bank, queries = extract(encoder, train.images), extract(encoder, test.images)
+        knn_predict(bank.vectors, labels, queries.vectors, num_classes=10)
+        return len(train) + len(test)
+
+    @torch.no_grad()
+    def lightly() -> int:
+        def vectors(images: ImageSet) -> torch.Tensor:
+            parts = [torch.from_numpy(images.images[i : i + 512]).float() / 255 for i in range(0, len(images), 512)]
+            return torch.cat([nn.functional.normalize(encoder(part), dim=1) for part in parts])
+
+        bank = vectors(train).t().contiguous()
+        for queries in vectors(test).split(512):
+            lightly_knn(queries, bank, labels, 10, 200, 0.1)
+        return len(train) + len(test)
+
+    return summary(
+        "features and kNN over 60,000 images, fp32", timing.interleave({"ours": own, "lightly": lightly}, rounds=rounds)
+    )
+
+
+def summary(title: str, turns: dict[str, list[timing.Turn]]) -> dict[str, Any]:
+    """Rates, the ratio of ours to each other candidate, and every turn."""
+    others = [name for name in turns if name != "ours"]
+    return {
+        "title": title,
+        "rates": {name: timing.rate(of_name) for name, of_name in turns.items()},
+        "ratios": [timing.compare(turns, "ours", other) for other in others],
+        "turns": timing.rows(turns),
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    started = time.monotonic()
+    train, test = (load("cifar10", data_root=None, split=split) for split in ("train", "test"))
+    words = find_kernels()[1]
+    found: dict[str, Any] = {
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "engine": words,
+        "matmul_gflops_before": timing.matmul_rates(),
+    }
+    parts = []
+    for measure in (
+        lambda: training(train, 64, 64, 1, given.rounds),
+        lambda: training(train, 16, 256, 1, given.rounds),
+        lambda: views(train, given.rounds),
+        lambda: bilevel(train, given.rounds),
+        lambda: features_and_knn(train, test, given.rounds),
+    ):
+        part = measure()
+        parts.append(part)
+        for ratio in part["ratios"]:
+            shown = (
+                f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if "ratio" in ratio else "no verdict"
+            )
+            sys.stdout.write(f"{part['title']}: ours / {ratio['other']} = {shown} ({ratio['clean_rounds']} rounds)\n")
+            sys.stdout.flush()
+    found |= {"parts": parts, "matmul_gflops_after": timing.matmul_rates(), "seconds": time.monotonic() - started}
+    write_json(given.out, found)
+
+
+def processor() -> str:
+    """The processor's name, as the kernel gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor()
+
+
+if __name__ == "__main__":
+    main()

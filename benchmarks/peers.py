@@ -1,0 +1,153 @@
+"""What the engine is compared with: lightly's SimCLR on CIFAR-10 as its own benchmark runs it, and ours beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models import ResNetGenerator
+from lightly.models.modules.heads import SimCLRProjectionHead
+from lightly.transforms import SimCLRTransform
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from blto.data.images import ImageSet
+from blto.data.views import Views, resolve_recipe
+from blto.pretraining.loop import batches, build_method
+from blto.pretraining.spec import PretrainingSpec
+from blto.pretraining.trainer import Trainer
+
+Work = Callable[[], int]
+
+
+class PILImages(Dataset[list[Tensor]]):
+    """CIFAR-10 in memory as PIL images through lightly's transform, as torchvision's data set class hands them out."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.arrays = np.ascontiguousarray(np.asarray(images.images).transpose(0, 2, 3, 1))
+        self.transform = SimCLRTransform(input_size=32, cj_strength=0.5, gaussian_blur=0.0)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        views: list[Tensor] = self.transform(Image.fromarray(self.arrays[index]))
+        return views
+
+
+def loader(images: ImageSet, batch_size: int, workers: int) -> Iterator[list[Tensor]]:
+    """Endless batches of two views."""
+    while True:
+        yield from DataLoader(PILImages(images), batch_size, shuffle=True, drop_last=True, num_workers=workers)
+
+
+class LightlySimCLR(nn.Module):
+    """Backbone, head and loss of lightly's CIFAR-10 benchmark; one forward pass a view."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        resnet = ResNetGenerator("resnet-18", width=width / 64)
+        self.backbone = nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
+        self.head = SimCLRProjectionHead(8 * width, 512, 128)
+        self.criterion = NTXentLoss()
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        """The loss."""
+        first, second = (self.head(self.backbone(view).flatten(start_dim=1)) for view in views)
+        loss: Tensor = self.criterion(first.float(), second.float())
+        return loss
+
+
+def lightly_step(width: int, *, bf16: bool) -> Callable[[list[Tensor]], None]:
+    """A training step of lightly's model: fp32 as it ships, or bf16 autocast with channels-last."""
+    model = LightlySimCLR(width)
+    if bf16:
+        model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=6e-2, momentum=0.9, weight_decay=5e-4)
+
+    def step(views: list[Tensor]) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(views)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def lightly_as_shipped(images: ImageSet, width: int, batch_size: int, steps: int, workers: int = 0) -> Work:
+    """End to end: its loader, its transform, fp32. With workers, each turn starts them and one batch is not timed."""
+    step = lightly_step(width, bf16=False)
+    kept = loader(images, batch_size, 0)
+
+    def work() -> int:
+        found = kept if workers == 0 else loader(images, batch_size, workers)
+        for _ in range(steps):
+            step(next(found))
+        return steps * batch_size
+
+    return work
+
+
+class OurData:
+    """Batches of two views as the pretraining loop draws them."""
+
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        self.images, self.views = images, Views(resolve_recipe("simclr_cifar"), images.image_size)
+        self.order = batches(len(images), batch_size, seed=0, epoch=0)
+        self.step = 0
+
+    def __next__(self) -> list[Tensor]:
+        rows = self.order[self.step % len(self.order)]
+        drawn = (self.views.draw(seed=0, epoch=self.step, samples=rows, view=view) for view in (0, 1))
+        self.step += 1
+        return [self.views.fast(self.images.images, rows, parameters) for parameters in drawn]
+
+
+def lightly_on_our_data(images: ImageSet, width: int, batch_size: int, steps: int) -> Work:
+    """Lightly's model and loss under bf16 autocast and channels-last, fed by our views."""
+    step, data = lightly_step(width, bf16=True), OurData(images, batch_size)
+
+    def work() -> int:
+        for _ in range(steps):
+            step(next(data))
+        return steps * batch_size
+
+    return work
+
+
+def ours(images: ImageSet, width: int, batch_size: int, steps: int) -> Work:
+    """End to end: our views and our trainer, on ResNet-18 of the same width."""
+    spec = PretrainingSpec.model_validate(
+        {"method": "simclr", "backbone": {"name": "resnet18", "width": width}, "batch_size": batch_size}
+    )
+    method = build_method(spec, seed=0, image_size=images.image_size)
+    trainer = Trainer(method, optimizer=spec.optimizer, total_steps=10**6)
+    data = OurData(images, batch_size)
+
+    def work() -> int:
+        for _ in range(steps):
+            trainer.train_step(next(data))
+        return steps * batch_size
+
+    return work
+
+
+def augmentation(images: ImageSet, batch_size: int) -> dict[str, Work]:
+    """Two views of each image in one process: ours over many batches, lightly's transform over one."""
+    data, theirs = OurData(images, batch_size), PILImages(images)
+
+    def own() -> int:
+        for _ in range(40):
+            next(data)
+        return 40 * batch_size
+
+    def lightly() -> int:
+        for index in range(batch_size):
+            theirs[index]
+        return batch_size
+
+    return {"ours": own, "lightly": lightly}

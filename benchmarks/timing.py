@@ -1,0 +1,93 @@
+"""Timing on a machine that is not quiet: candidates take turns, and a turn that a stranger disturbed does not count."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+FOREIGN_LIMIT = 0.25
+"""Cores that strangers may use during a turn that counts."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One candidate's turn: seconds, images processed, and the cores that other processes used meanwhile."""
+
+    seconds: float
+    images: int
+    foreign: float
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Busy seconds of the whole machine, and of this process with its finished children."""
+    ticks = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    busy = (sum(ticks[:8]) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return busy, sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def take_turn(work: Callable[[], int]) -> Turn:
+    """Run `work`, which returns the number of images it processed."""
+    busy, own = cpu_seconds()
+    start = time.perf_counter()
+    images = work()
+    seconds = time.perf_counter() - start
+    busy_after, own_after = cpu_seconds()
+    return Turn(seconds, images, max(0.0, (busy_after - busy - (own_after - own)) / seconds))
+
+
+def matmul_rates() -> dict[str, float]:
+    """GFLOP/s of a 4096^3 matrix product, best of three: what this machine can do at the moment."""
+    rates = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        first, second = (torch.randn(4096, 4096).to(dtype) for _ in range(2))
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            first @ second
+            seconds.append(time.perf_counter() - start)
+        rates[name] = 2 * 4096**3 / min(seconds[1:]) / 1e9
+    return rates
+
+
+def interleave(candidates: Mapping[str, Callable[[], int]], *, rounds: int, warmups: int = 1) -> dict[str, list[Turn]]:
+    """`rounds` rounds in which every candidate has one turn."""
+    for work in candidates.values():
+        for _ in range(warmups):
+            work()
+    turns: dict[str, list[Turn]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, work in candidates.items():
+            turns[name].append(take_turn(work))
+    return turns
+
+
+def compare(turns: Mapping[str, list[Turn]], ours: str, other: str) -> dict[str, object]:
+    """The ratio of rates ours / other, round by round, over the rounds in which neither was disturbed."""
+    pairs = [
+        (mine.images / mine.seconds) / (theirs.images / theirs.seconds)
+        for mine, theirs in zip(turns[ours], turns[other], strict=True)
+        if max(mine.foreign, theirs.foreign) <= FOREIGN_LIMIT
+    ]
+    verdict: dict[str, object] = {"ours": ours, "other": other, "clean_rounds": len(pairs), "rounds": len(turns[ours])}
+    if len(pairs) >= 3:
+        verdict |= {"ratio": statistics.median(pairs), "low": min(pairs), "high": max(pairs)}
+    return verdict
+
+
+def rate(turns: list[Turn]) -> float:
+    """Median images a second over the undisturbed turns, or over all where there are none."""
+    clean = [turn for turn in turns if turn.foreign <= FOREIGN_LIMIT] or turns
+    return statistics.median(turn.images / turn.seconds for turn in clean)
+
+
+def rows(turns: Mapping[str, list[Turn]]) -> dict[str, list[dict[str, float]]]:
+    """Every turn as plain data."""
+    return {name: [asdict(turn) for turn in of_name] for name, of_name in turns.items()}
