@@ -178,7 +178,7 @@ def blur_adjoint(gradient: Array, sigma: float, radius: int, padded: Array) -> N
 
 @kernel(relaxed=True)
 def replay(kept: Array, order: Array, factors: Array, gray: bool, sigma: float, radius: int, padded: Array) -> None:
-    """All steps between resampling and solarize; `kept[0]` is given, and `kept[s]` (3, P) is what step s + 1 is given."""
+    """All steps between resampling and solarize, from `kept[0]`; `kept[s]` (3, P) is what step s + 1 starts from."""
     size = round(math.sqrt(kept.shape[2]))
     for step in range(4):
         kept[step + 1] = kept[step]

@@ -1,4 +1,4 @@
-"""Batch norm as arithmetic on vectors: from the sums that a convolution returns to the scale and shift of its output."""
+"""Batch norm as arithmetic on vectors: from the sums that a convolution returns to scale and shift of its output."""
 
 from __future__ import annotations
 
