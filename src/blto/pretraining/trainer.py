@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from blto.models.encoder import Encoder
 from blto.pretraining.method import SSLMethod
 from blto.pretraining.spec import Engine, OptimizerSpec
-from blto.runtime.device import Precision, fabric, resolve_precision
+from blto.runtime.device import Precision, fabric, resolve_device, resolve_precision
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
@@ -42,6 +43,11 @@ def build_optimizer(spec: OptimizerSpec, method: SSLMethod) -> torch.optim.Optim
     return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
 
 
+def training_precision(precision: Precision, engine: Engine, device: str) -> Literal["fp32", "bf16"]:
+    """The precision that a recipe's `precision` and `engine` mean on "cpu" or "cuda"."""
+    return "fp32" if precision == "auto" and engine == "reference" else resolve_precision(precision, device)
+
+
 class Trainer:
     """A method in training.
 
@@ -54,6 +60,7 @@ class Trainer:
             other step, and every step of "reference", is plain torch.
 
     Attributes:
+        precision: in which it trains, "fp32" or "bf16".
         step: optimiser steps done.
         first_bad_step: on the device, the first step (from 0) whose loss was NaN or Inf, or -1. Reading it
             synchronises, so the loop does that now and then only.
@@ -70,13 +77,13 @@ class Trainer:
         precision: Precision = "auto",
         engine: Engine = "fast",
     ) -> None:
-        if precision == "auto" and engine == "reference":
-            precision = "fp32"
-        self.fabric = fabric(device, precision)
+        device = resolve_device(device)
+        self.precision = training_precision(precision, engine, device)
+        self.fabric = fabric(device, self.precision)
         method.encoder.to(memory_format=torch.channels_last)
         for part in method.modules():
             if isinstance(part, Encoder):
-                part.native = engine == "fast" and resolve_precision(precision, self.fabric.device.type) == "bf16"
+                part.native = engine == "fast" and self.precision == "bf16"
         self.method = method
         self._wrapped, self.optimizer = self.fabric.setup(method, build_optimizer(optimizer, method))
         self._peak = optimizer.lr
