@@ -141,7 +141,7 @@ def test_nan_within_an_epoch_is_named_before_an_observer_keeps_it(tmp_path: Path
     """Four steps an epoch, far fewer than between two checks."""
     keeper = SnapshotObserver(tmp_path / "snapshots", TINY_BACKBONE, 16)
     recipe = tiny_recipe(optimizer={"lr": 1e20})
-    with pytest.raises(Diverged, match="NaN or Inf at step [123] of 8; there is no checkpoint yet"):
+    with pytest.raises(Diverged, match=r"NaN or Inf at step [123] of 8; there is no checkpoint yet"):
         pretrain(IMAGES, recipe, seed=0, folder=tmp_path, observers=[keeper])
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["epoch-00000.safetensors"]
     assert [line["event"] for line in read_jsonl(tmp_path / "log.jsonl")] == ["observed"]

@@ -100,7 +100,7 @@ class _Kept:
         self._saved_at = time.monotonic()
 
     def step(self) -> Similarities | None:
-        """The run's next step; where it fails on NaN, or gives the surrogate up, the surrogate's first bad one counts."""
+        """The run's next step; what it does not survive is told by the surrogate's first bad one."""
         if self.run.position and self.run.place().starts:
             self.check()
         try:
@@ -131,13 +131,13 @@ class _Kept:
         return words
 
     def check(self, similarity: float = 0.0) -> None:
-        """Raises Diverged where the surrogate's flag is set, with its first bad step, or the similarity is not finite."""
+        """Raises Diverged, with the first bad step, where the surrogate's flag is set or the similarity not finite."""
         run = self.run
         bad = int(run.surrogate.first_bad_step)
         if bad >= 0:
             raise Diverged(
-                f"the loss of surrogate {run.period} became NaN or Inf at its step {bad} of {run.surrogate.total_steps}; "
-                f"lower surrogate.optimizer.lr (now {run.spec.surrogate.optimizer.lr:g}), or give precision fp32."
+                f"the loss of surrogate {run.period} became NaN or Inf at its step {bad} of "
+                f"{run.surrogate.total_steps}; lower surrogate.optimizer.lr (now {run.spec.surrogate.optimizer.lr:g}), or give precision fp32."
             )
         if not math.isfinite(similarity):
             raise Diverged(

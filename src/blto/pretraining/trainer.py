@@ -12,10 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from blto.models import BACKBONES
 from blto.models.encoder import Encoder
+from blto.models.native import resnet
+from blto.models.native.library import find_kernels
 from blto.pretraining.method import SSLMethod
-from blto.pretraining.spec import Engine, OptimizerSpec
-from blto.runtime.device import Precision, fabric, resolve_device, resolve_precision
+from blto.pretraining.spec import Engine, OptimizerSpec, RecipeSpec
+from blto.runtime.device import Precision, fabric, processor_name, resolve_device, resolve_precision
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
@@ -46,6 +49,24 @@ def build_optimizer(spec: OptimizerSpec, method: SSLMethod) -> torch.optim.Optim
 def training_precision(precision: Precision, engine: Engine, device: str) -> Literal["fp32", "bf16"]:
     """The precision that a recipe's `precision` and `engine` mean on "cpu" or "cuda"."""
     return "fp32" if precision == "auto" and engine == "reference" else resolve_precision(precision, device)
+
+
+def arithmetic(spec: RecipeSpec, device: str, image_size: int) -> dict[str, str]:
+    """What of a recipe's result depends on the machine: device, its model, the resolved precision, and the engine."""
+    device = resolve_device(device)
+    precision = training_precision(spec.precision, spec.engine, device)
+    engine = "plain torch"
+    if spec.engine == "fast" and precision == "bf16" and device == "cpu":
+        kernels, engine = find_kernels()
+        batch = torch.empty(spec.batch_size, 3, image_size, image_size)
+        if kernels is not None and not resnet.supports(BACKBONES.build(spec.backbone), batch):
+            engine = "plain torch: the AMX kernels do not fit this backbone, batch or image size"
+    return {
+        "device": device,
+        "processor": processor_name(device),
+        "precision": precision,
+        "engine": engine,
+    }
 
 
 class Trainer:
