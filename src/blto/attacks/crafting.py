@@ -137,7 +137,8 @@ class _Kept:
         if bad >= 0:
             raise Diverged(
                 f"the loss of surrogate {run.period} became NaN or Inf at its step {bad} of "
-                f"{run.surrogate.total_steps}; lower surrogate.optimizer.lr (now {run.spec.surrogate.optimizer.lr:g}), or give precision fp32."
+                f"{run.surrogate.total_steps}; lower surrogate.optimizer.lr "
+                f"(now {run.spec.surrogate.optimizer.lr:g}), or give precision fp32."
             )
         if not math.isfinite(similarity):
             raise Diverged(

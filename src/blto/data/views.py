@@ -99,7 +99,7 @@ def resolve_recipe(spec: str | Mapping[str, Any]) -> ViewRecipe:
     given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in RECIPES:
-        raise ConfigError(f'unknown view recipe "{name}"; {nearest(str(name), RECIPES)}.')
+        raise ConfigError(f'views.name: unknown view recipe "{name}"; {nearest(str(name), RECIPES)}.')
     return validate(ViewRecipe, RECIPES[name].model_dump() | given, "views")
 
 
