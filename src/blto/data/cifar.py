@@ -187,8 +187,8 @@ def fetch(kind: Kind, root: Path | None, progress: Progress) -> Path:
         where = f"not in {show(root, 60)}" if root else "no data root is set"
         cause = error.__cause__ or error
         raise ConfigError(
-            f"{kind}: {where}, and no download ({show(getattr(cause, 'reason', None) or cause, 60)}). Name the folder "
-            f"that holds {public.folder}/, {public.archive} or parquet files with --data-root or BLTO_DATA.",
+            f"{kind}: {where}, and no download ({show(getattr(cause, 'reason', None) or cause, 40)}). Name the folder "
+            f"that holds {kind}/train*.parquet, {public.folder}/ or {public.archive} with --data-root or BLTO_DATA.",
             code="NO-DATA",
         ) from error
     return target
