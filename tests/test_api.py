@@ -111,23 +111,29 @@ def test_encoders_are_evaluated_on_the_device(
     record: RunRecord, store: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[object] = []
-    original = Encoder.to
-    monkeypatch.setattr(Encoder, "to", lambda self, *given, **named: moved.append(given) or original(self, "cpu"))
+
+    def to(self: Encoder, place: str) -> Encoder:
+        moved.append(place)
+        return self
+
+    monkeypatch.setattr(Encoder, "to", to)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     folder = store / record.run_id
     encoder = folder / "encoder.safetensors"
     blto.evaluate(
         config, encoder=encoder, clean_twin=encoder, trigger=folder / "trigger.safetensors", device="cuda", quiet=True
     )
-    assert moved == [("cuda",), ("cuda",)]
+    assert moved == ["cuda", "cuda"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_finds_what_the_cpu_recorded(record: RunRecord, store: Path, config: Path) -> None:
     folder = store / record.run_id
-    encoder = folder / "encoder.safetensors"
-    files = {"encoder": encoder, "clean_twin": encoder, "trigger": folder / "trigger.safetensors"}
-    on_cpu, on_gpu = (blto.evaluate(config, **files, device=device, quiet=True) for device in ("cpu", "cuda"))
+    encoder, trigger = folder / "encoder.safetensors", folder / "trigger.safetensors"
+    on_cpu, on_gpu = (
+        blto.evaluate(config, encoder=encoder, clean_twin=encoder, trigger=trigger, device=device, quiet=True)
+        for device in ("cpu", "cuda")
+    )
     first, second = on_cpu["linear"]["asr"].value, on_gpu["linear"]["asr"].value
     assert first is not None
     assert second == pytest.approx(first, abs=0.05)
