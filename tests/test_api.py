@@ -12,9 +12,12 @@ import torch
 import blto
 from blto.cli import main
 from blto.errors import ConfigError, Mismatch
-from blto.files import sha256_file
+from blto.files import append_jsonl, read_jsonl, sha256_file
 from blto.files.yaml import dump_yaml
+from blto.models.encoder import Encoder
+from blto.outcome import log_of
 from blto.records import RunRecord, RunStore
+from blto.runtime.device import processor_name
 from tests.tiny_experiment import TINY_EXPERIMENT
 
 
@@ -50,11 +53,90 @@ def test_run_leaves_the_folder_that_the_architecture_promises(record: RunRecord,
         "trigger.safetensors",
         "encoder.safetensors",
         "poison_manifest.json",
+        "log.jsonl",
         "figures",
     }
     assert names <= {path.name for path in folder.iterdir()}
     assert all(sha256_file(folder / name) == digest for name, digest in record.artefacts.items())
     assert set(record.metrics) == {"linear", "knn"}
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(record.artefacts) == files - {"record.json", ".lock"}
+
+
+def test_the_log_holds_every_stage_and_no_clock(record: RunRecord, store: Path) -> None:
+    lines = list(read_jsonl(store / record.run_id / "log.jsonl"))
+    assert list(dict.fromkeys(line["stage"] for line in lines)) == ["craft", "clean_twin", "victim"]
+    crafting = [line for line in lines if line["stage"] == "craft"]
+    assert [{**line, "stage": "craft", "event": "crafting"} for line in record.crafting] == crafting
+    for stage in ("victim", "clean_twin"):
+        own = [line for line in lines if line["stage"] == stage]
+        assert [line["epoch"] for line in own if line["event"] == "observed"] == [0, 1, 2]
+        assert [line["step"] for line in own if line["event"] == "step"] == [14]
+    known = {"stage", "event", "epoch", "step", "loss", "period", "trigger", "clean", "target"}
+    assert {key for line in lines for key in line} == known
+
+
+def test_the_log_does_not_tell_how_often_a_stage_was_started(tmp_path: Path) -> None:
+    stage = RunStore(tmp_path).stage("craft", {})
+    row = {"event": "crafting", "step": 10.0, "trigger": 0.5}
+    lines = [row, {"event": "observed", "epoch": 1.0}, {"event": "resumed", "step": 3}, row, {**row, "step": 20.0}]
+    for line in lines:
+        append_jsonl(stage.path / "log.jsonl", line)
+    kept = [json.loads(line) for line in log_of({"craft": stage}).splitlines()]
+    assert kept == [{**line, "stage": "craft"} for line in (lines[0], lines[1], lines[4])]
+
+
+def test_the_record_says_where_and_in_which_arithmetic_each_stage_was_trained(record: RunRecord) -> None:
+    trained, machine = record.provenance["trained_on"], record.provenance["machine"]
+    assert set(trained) == {"craft", "victim", "clean_twin"}
+    for facts in trained.values():
+        assert facts == {
+            "device": "cpu",
+            "processor": processor_name("cpu"),
+            "precision": "fp32",
+            "engine": "plain torch",
+        }
+    assert (machine["device"], machine["processor"]) == ("cpu", processor_name("cpu"))
+
+
+def test_nan_in_a_run_of_few_steps_is_exit_7(config: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", str(config), "--set", "pretraining.optimizer.lr=1e20", "--quiet", "--device", "cpu"]
+    assert main([*arguments, "--store", str(store)]) == 7
+    err = capsys.readouterr().err
+    assert err.startswith("blto: error[DIVERGED]: the loss became NaN or Inf at step ")
+    assert err.count("\n") == 1
+
+
+def test_encoders_are_evaluated_on_the_device(
+    record: RunRecord, store: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[object] = []
+
+    def to(self: Encoder, place: str) -> Encoder:
+        moved.append(place)
+        return self
+
+    monkeypatch.setattr(Encoder, "to", to)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = store / record.run_id
+    encoder = folder / "encoder.safetensors"
+    blto.evaluate(
+        config, encoder=encoder, clean_twin=encoder, trigger=folder / "trigger.safetensors", device="cuda", quiet=True
+    )
+    assert moved == ["cuda", "cuda"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_finds_what_the_cpu_recorded(record: RunRecord, store: Path, config: Path) -> None:
+    folder = store / record.run_id
+    encoder, trigger = folder / "encoder.safetensors", folder / "trigger.safetensors"
+    on_cpu, on_gpu = (
+        blto.evaluate(config, encoder=encoder, clean_twin=encoder, trigger=trigger, device=device, quiet=True)
+        for device in ("cpu", "cuda")
+    )
+    first, second = on_cpu["linear"]["asr"].value, on_gpu["linear"]["asr"].value
+    assert first is not None
+    assert second == pytest.approx(first, abs=0.05)
 
 
 def test_a_surrogate_may_have_a_view_recipe_with_changes(store: Path) -> None:

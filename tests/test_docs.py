@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,17 @@ def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+def test_make_clean_removes_the_caches_of_the_folders_that_there_are(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    removed = [tmp_path / name for name in (".venv", "src/a/__pycache__", "tests/__pycache__")]
+    kept = [tmp_path / name for name in ("runs", "src/a/b", "benchmarks")]
+    for folder in removed + kept:
+        folder.mkdir(parents=True)
+    done = subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not [folder for folder in removed if folder.exists()]
+    assert all(folder.exists() for folder in kept)

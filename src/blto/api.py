@@ -7,28 +7,29 @@ as "attack.poison_rate=0.005"), `seed`, and the `Options`. Errors are `BltoError
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from blto import experiment, poisoning
 from blto.attacks.base import poison_with
+from blto.configuration import Config, read_spec, read_specs
 from blto.data import load
-from blto.errors import ConfigError, Mismatch
+from blto.errors import Mismatch
 from blto.evaluation import evaluate_backdoor
-from blto.experiment import ENCODER, TRIGGER, Environment, ExperimentSpec
+from blto.experiment import Environment
 from blto.files import atomic_write, read_bytes, safe_join, sha256_bytes, show
-from blto.files.yaml import apply_assignments, load_yaml, parse_assignment, with_position
 from blto.models import checkpoints
 from blto.models.encoder import Encoder
+from blto.outcome import ENCODER, TRIGGER
 from blto.poisoning import Trigger, VerifyReport, apply_to_uint8, write_poisoned
 from blto.poisoning.manifest import Layout
 from blto.records import Metric, RunRecord, RunStore
 from blto.report import build_report
+from blto.runtime.device import resolve_device
 from blto.runtime.progress import Progress
 
 AnyPath = str | os.PathLike[str]
-Config = AnyPath | Mapping[str, Any]
 
 
 class Options(TypedDict, total=False):
@@ -60,12 +61,7 @@ def run(
     Returns:
         The attack's record, then those of its controls.
     """
-    given, where = read_config(config, set), environment(**options)
-    controls = given.pop("controls", None) or []
-    if not isinstance(controls, list):
-        raise ConfigError(f"controls: {show(controls)} is not a list; give names of attacks, such as [clean].")
-    spec = parse_spec(given, config, set, seed)
-    return [experiment.run(each, where) for each in (spec, *map(spec.with_control, controls))]
+    return experiment.run_all(read_specs(config, set, seed), environment(**options))
 
 
 def craft(
@@ -138,7 +134,7 @@ def pretrain(
         Mismatch: the data are marked as poisoned and `poisoned` is not set.
     """
     spec, where = read_spec(config, set, seed, attack={"name": "clean"}), environment(**options)
-    images = load(spec.data, data_root=where.data_root, split="train", poisoned=poisoned)
+    images = load(spec.data, data_root=where.data_root, split="train", poisoned=poisoned, progress=where.progress)
     stage = experiment.pretrain_stage(spec, images.without_labels(), where)
     return _delivered(stage.path / ENCODER, out)
 
@@ -156,11 +152,13 @@ def evaluate(
     """Measure an encoder beside its clean twin: probe -> metric -> value with interval and n.
 
     Args:
-        config, set, seed, options: as in `run`; data, probes and the attack's target class are used.
+        config, set, seed, options: as in `run`; data, probes and the attack's target class are used. The encoders
+            run on `device`; the trigger stays on the CPU, so that the images are the same on every device.
         encoder, clean_twin, trigger: safetensors files that blto wrote.
     """
     spec, where = read_spec(config, set, seed), environment(**options)
-    network, twin, pattern = load_encoder(encoder), load_encoder(clean_twin), load_trigger(trigger)
+    network, twin = (load_encoder(each).to(where.device) for each in (encoder, clean_twin))
+    pattern = load_trigger(trigger)
     data = experiment.load_data(spec, where)
     return evaluate_backdoor(
         network,
@@ -213,48 +211,13 @@ def load_encoder(path: AnyPath) -> Encoder:
     return checkpoints.load_encoder(Path(path))
 
 
-def read_spec(config: Config, assignments: Sequence[str], seed: int | None, **absent: Any) -> ExperimentSpec:
-    """The validated spec of a configuration, its controls left aside.
-
-    Args:
-        config: path of a YAML file, or its content.
-        assignments: "a.b=c", applied in order.
-        seed: overrules the configuration's, where given.
-        absent: keys to fill in where the configuration lacks them.
-    """
-    given = {**absent, **read_config(config, assignments)}
-    given.pop("controls", None)
-    return parse_spec(given, config, assignments, seed)
-
-
-def read_config(config: Config, assignments: Sequence[str]) -> dict[str, Any]:
-    """A configuration as plain data, the assignments applied."""
-    given = dict(config) if isinstance(config, Mapping) else load_yaml(Path(config))
-    return apply_assignments(given, assignments)
-
-
-def parse_spec(given: dict[str, Any], config: Config, assignments: Sequence[str], seed: int | None) -> ExperimentSpec:
-    """Validate plain data; an error names the file and line of `config`, or the `--set`, that caused it."""
-    file = None if isinstance(config, Mapping) else Path(config)
-    if seed is not None:
-        given["seed"] = seed
-    try:
-        return ExperimentSpec.parse(given)
-    except ConfigError as error:
-        key = str(error).partition(": ")[0]
-        assigned = (".".join(parse_assignment(text)[0]) for text in assignments)
-        if any(f"{key}.".startswith(f"{name}.") for name in assigned):
-            raise ConfigError(f"--set {error}", code=error.code) from error
-        raise (with_position(error, file) if file else error) from error
-
-
 def environment(**options: Unpack[Options]) -> Environment:
-    """The options as the experiment takes them."""
+    """The options as the experiment takes them. Raises ConfigError for a device that is not here."""
     data_root = options.get("data_root") or os.environ.get("BLTO_DATA")
     return Environment(
         store=RunStore(Path(options.get("store", "runs"))),
         data_root=Path(data_root) if data_root else None,
-        device=options.get("device", "auto"),
+        device=resolve_device(options.get("device", "auto")),
         resume=options.get("resume", False),
         progress=Progress(quiet=options.get("quiet", False)),
     )

@@ -16,6 +16,7 @@ from blto.records import RunStore
 from blto.registry import Registry
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+_REFERENCE = re.compile(r"\bas in ((?:every )?\w+)")
 _ENTRY = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 
 
@@ -68,6 +69,8 @@ def show(name: str) -> dict[str, Any]:
         if bare in registry.names() or (registry.kind == "backbone" and "/" in bare):
             component = registry.get(bare)
             options = _options(registry.schema(bare), inspect.getdoc(component) or "", "")
+            for option in options:
+                option["meaning"] = _spelled_out(option["meaning"], option["key"], component, registry)
             return {"kind": registry.kind, "name": bare, "card": asdict(registry.card(bare)), "options": options}
     raise ConfigError(f'unknown component "{name}"; {nearest(bare, names)}.')
 
@@ -108,6 +111,20 @@ def _accepts(schema: dict[str, Any]) -> str:
     kind = {"object": "name or mapping", "array": "list", "null": "null"}.get(schema.get("type", ""))
     bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
     return f"{kind or schema.get('type', 'any')} {bounds}".strip()
+
+
+def _spelled_out(meaning: str, key: str, component: Any, registry: Registry[Any]) -> str:
+    """ "as in every attack" and "as in BLTO" replaced by what is said of the key there."""
+    found = _REFERENCE.search(meaning)
+    if not found:
+        return meaning
+    titles = {registry.card(name).title: registry.get(name) for name in registry.names()}
+    source = inspect.getmro(component)[1] if found[1] == f"every {registry.kind}" else titles.get(found[1])
+    said = _meanings(inspect.getdoc(source) or "").get(key) if source else None
+    if said is None:
+        return meaning
+    said = _spelled_out(said, key, source, registry).removesuffix(".")
+    return f"{meaning[: found.start()]}{said}{meaning[found.end() :]}"
 
 
 def _meanings(docs: str) -> dict[str, str]:

@@ -8,41 +8,46 @@ sweep that varies only the probe reuses the encoders, and all attacks of a seed 
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from blto import analysis
 from blto.attacks import ATTACKS
 from blto.attacks.base import Attack, Surroundings, check_target, poison_with
 from blto.attacks.crafting import CHECKPOINT
 from blto.data import DATASETS, load
 from blto.data.images import ImageSet
-from blto.data.views import Views
-from blto.errors import ConfigError
-from blto.evaluation import Follower, evaluate_backdoor, measure_stealth
-from blto.files import atomic_write, make_directory, sha256_file, write_json, write_text
-from blto.files.yaml import dump_yaml
-from blto.models.checkpoints import load_encoder, save_encoder
-from blto.poisoning import PoisonedDataset, Trigger, apply_to_uint8, load_trigger, plan_replacement, save_trigger
-from blto.poisoning.manifest import Manifest, build_manifest
+from blto.errors import BltoError, ConfigError
+from blto.evaluation import check_probe
+from blto.files import show
+from blto.models.checkpoints import save_encoder
+from blto.models.encoder import build_encoder
+from blto.outcome import ENCODER, TRIGGER, conclude
+from blto.poisoning import Budget, load_trigger, plan_replacement, save_trigger
 from blto.pretraining.loop import pretrain
-from blto.pretraining.snapshots import SnapshotObserver, snapshots
+from blto.pretraining.snapshots import SnapshotObserver
 from blto.pretraining.spec import PretrainingSpec, component
-from blto.records import RunRecord, RunStore, StageFolder, took
+from blto.pretraining.trainer import arithmetic
+from blto.records import RunRecord, RunStore, StageFolder
 from blto.registry import validate
+from blto.runtime.device import resolve_device
 from blto.runtime.progress import SILENT, Progress
 from blto.runtime.seeds import numpy_generator
 
-TRIGGER, ENCODER = "trigger.safetensors", "encoder.safetensors"
+
+def _known_probes(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same, each probe and option known."""
+    try:
+        for name, options in given.items():
+            check_probe(name, f"probes.{name}", **options)
+    except BltoError as error:
+        raise ValueError(str(error).rstrip(".")) from error
+    return given
 
 
 class ExperimentSpec(BaseModel):
@@ -65,21 +70,29 @@ class ExperimentSpec(BaseModel):
     attack: component(ATTACKS)  # type: ignore[valid-type]  # made from the registry
     pretraining: PretrainingSpec = PretrainingSpec()
     attacker_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    probes: dict[str, dict[str, Any]] = {"linear": {}, "knn": {}}
+    probes: Annotated[dict[str, dict[str, Any]], AfterValidator(_known_probes)] = {"linear": {}, "knn": {}}
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> ExperimentSpec:
         """Validate plain data. Raises ConfigError with the key."""
         return validate(cls, given, "")
 
-    def with_control(self, control: str | Mapping[str, Any]) -> ExperimentSpec:
+    @property
+    def run_id(self) -> str:
+        """The name of the run's folder."""
+        return RunStore.run_id(self.model_dump(mode="json"))
+
+    def with_control(self, control: str | Mapping[str, Any], where: str = "controls") -> ExperimentSpec:
         """The same experiment with another attack, which takes over the target class, rate, budget and other options
-        that it shares with this one's, except those that `control` gives itself.
+        that it shares with this one's, except those that `control` gives itself. Raises ConfigError with the key under
+        `where`.
         """
+        if not isinstance(control, str | Mapping):
+            raise ConfigError(f"{where}: {show(control)} is neither an attack's name nor a mapping with a name.")
         own = {"name": control} if isinstance(control, str) else dict(control)
-        known = ATTACKS.schema(own.get("name", "")).model_fields
+        known = ATTACKS.schema(own["name"]).model_fields if own.get("name") in ATTACKS.names() else {}
         shared = {key: value for key, value in self.attack.items() if key in known}
-        return self.parse({**self.model_dump(mode="json"), "attack": {**shared, **own}})
+        return self.parse({**self.model_dump(mode="json"), "attack": ATTACKS.resolve({**shared, **own}, where)})
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,8 @@ class Data:
 
 def load_data(spec: ExperimentSpec, environment: Environment) -> Data:
     """Read the data set and, where the attacker has images of its own, divide the training images."""
-    train, test = (load(spec.data, data_root=environment.data_root, split=split) for split in ("train", "test"))
+    root, progress = environment.data_root, environment.progress
+    train, test = (load(spec.data, data_root=root, split=split, progress=progress) for split in ("train", "test"))
     if spec.attacker_share == 0:
         return Data(train, train, test)
     if train.labels is None:
@@ -121,14 +135,48 @@ def build_attack(spec: ExperimentSpec, data: Data) -> Attack:
     """The attack of a spec, checked against the data before anything is written."""
     attack = ATTACKS.build(spec.attack)
     check_target(data.train, attack.target_class)
-    plan_replacement(  # an impossible poison rate shows now, not after the trigger was learned
-        data.train.labels,
-        num_classes=data.train.num_classes,
-        target_class=attack.target_class,
-        poison_rate=attack.poison_rate,
-        seed=spec.seed,
-    )
+    epsilon = spec.attack.get("epsilon")
+    if epsilon is not None and Budget(epsilon).levels == 0:
+        raise ConfigError(
+            f"attack.epsilon is {epsilon:g}, less than one 8-bit step, so no image would change; give 1/255 to 1."
+        )
+    plans = [(data.train, attack.poison_rate)]  # an impossible poison rate shows now, not after the trigger was learned
+    if bilevel := spec.attack.get("bilevel"):
+        check_backbone(bilevel["surrogate"]["backbone"], data.attacker.image_size, "attack.bilevel.surrogate.backbone")
+        inner = bilevel["inner_poison_rate"]
+        if spec.attack["name"] != "frozen_surrogate":  # whose surrogate sees no poison
+            plans.append((data.attacker, attack.poison_rate if inner is None else inner))
+    for images, rate in plans:
+        plan_replacement(
+            images.labels,
+            num_classes=images.num_classes,
+            target_class=attack.target_class,
+            poison_rate=rate,
+            seed=spec.seed,
+        )
     return attack
+
+
+def check_recipe(recipe: PretrainingSpec, images: ImageSet) -> None:
+    """Raises ConfigError where the images are fewer than a batch, or of a size that the backbone does not take."""
+    if recipe.batch_size > len(images):
+        raise ConfigError(
+            f"pretraining.batch_size is {recipe.batch_size}, but there are {len(images)} training images; "
+            "give at most that many."
+        )
+    check_backbone(recipe.backbone, images.image_size, "pretraining.backbone")
+
+
+def check_backbone(backbone: Mapping[str, Any], image_size: int, key: str) -> None:
+    """Build a library's network once: nothing else tells whether it has a classifier to remove or takes such images."""
+    if "/" in backbone["name"]:
+        try:
+            build_encoder(backbone, seed=0, image_size=image_size)
+        except (BltoError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{key}: {backbone['name']} cannot be used on images of {image_size} pixels ({show(error, 100)}); "
+                "give another one."
+            ) from error
 
 
 def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> StageFolder:
@@ -143,7 +191,10 @@ def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> S
             trained = attack.train_trigger(data.attacker, seed=spec.seed, surroundings=surroundings)
             save_trigger(stage.path / TRIGGER, trained.trigger.cpu())
             stage.discard(CHECKPOINT)
-            stage.commit({"crafting": trained.trajectory, "seconds": time.monotonic() - started})
+            surrogate = getattr(getattr(attack, "bilevel", None), "surrogate", None)
+            facts = arithmetic(surrogate, environment.device, data.attacker.image_size) if surrogate else {}
+            seconds = time.monotonic() - started
+            stage.commit({"crafting": trained.trajectory, "arithmetic": facts, "seconds": seconds})
     return stage
 
 
@@ -152,6 +203,7 @@ def pretrain_stage(
 ) -> StageFolder:
     """Train an encoder on unlabeled images, or find it trained: `encoder.safetensors` and snapshots of its training."""
     recipe = spec.pretraining
+    check_recipe(recipe, images)
     inputs = {"pretraining": recipe.model_dump(mode="json"), "images": images.content_hash, "seed": spec.seed}
     stage = environment.store.stage("pretrain", inputs)
     if not stage.complete:
@@ -170,7 +222,9 @@ def pretrain_stage(
             )
             save_encoder(stage.path / ENCODER, result.encoder.cpu(), recipe.backbone, images.image_size)
             stage.discard("checkpoint.safetensors")
-            stage.commit({"trajectory": result.trajectory, "seconds": time.monotonic() - started})
+            facts = arithmetic(recipe, environment.device, images.image_size)
+            seconds = time.monotonic() - started
+            stage.commit({"trajectory": result.trajectory, "arithmetic": facts, "seconds": seconds})
     return stage
 
 
@@ -180,120 +234,48 @@ def run(spec: ExperimentSpec, environment: Environment) -> RunRecord:
     Raises:
         BltoError: of any stage; what the stages before it made is kept.
     """
-    resolved = spec.model_dump(mode="json")
-    run_id = RunStore.run_id(resolved)
-    folder = environment.store.folder(run_id)
-    if (folder / "record.json").exists():
-        return environment.store.load(run_id)
-    data = load_data(spec, environment)
-    attack = build_attack(spec, data)
-    with environment.store.lock(run_id):
+    (record,) = run_all([spec], environment)
+    return record
+
+
+def run_all(specs: Sequence[ExperimentSpec], environment: Environment) -> list[RunRecord]:
+    """Run experiments that differ in their attack alone, in order; each is checked before the first begins.
+
+    Raises:
+        BltoError: as `run`; a ConfigError comes before anything is written.
+    """
+    missing = [spec for spec in specs if not (environment.store.folder(spec.run_id) / "record.json").exists()]
+    if missing:
+        data = load_data(missing[0], environment)
+        for spec in missing:
+            check_recipe(spec.pretraining, data.train)
+            build_attack(spec, data)
+        for spec in missing:
+            _run(spec, data, environment)
+    return [environment.store.load(spec.run_id) for spec in specs]
+
+
+def _run(spec: ExperimentSpec, data: Data, environment: Environment) -> None:
+    """The stages of one run, and its record."""
+    with environment.store.lock(spec.run_id):
         say = environment.progress.say
-        say(f"{run_id}: {len(data.train)} training images, {len(data.test)} test images")
+        say(f"{spec.run_id}: {len(data.train)} training images, {len(data.test)} test images")
         crafted = craft_stage(spec, data, environment)
         trigger = load_trigger(crafted.path / TRIGGER)
-        poisoned = poison_with(attack, trigger, data.train, seed=spec.seed)
+        poisoned = poison_with(build_attack(spec, data), trigger, data.train, seed=spec.seed)
         say(f"{poisoned.n_poisoned} poisoned images, {poisoned.plan.poison_rate:.2%} of the training set")
         twin = pretrain_stage(spec, data.train.without_labels(), environment, title="pretrain the clean twin")
         victim = pretrain_stage(spec, poisoned.training_images(), environment, title="pretrain the victim")
         say("evaluate")
-        stages = {"craft": crafted, "victim": victim, "clean_twin": twin}
-        record = _evaluate(spec, folder, data, trigger, poisoned, stages)
+        record = conclude(
+            spec.model_dump(mode="json"),
+            environment.store.folder(spec.run_id),
+            views=spec.pretraining.views,
+            train=data.train,
+            test=data.test,
+            trigger=trigger,
+            poisoned=poisoned,
+            stages={"craft": crafted, "clean_twin": twin, "victim": victim},
+            device=resolve_device(environment.device),
+        )
         environment.store.save(record)
-    return record
-
-
-def _evaluate(
-    spec: ExperimentSpec,
-    folder: Path,
-    data: Data,
-    trigger: Trigger,
-    poisoned: PoisonedDataset,
-    stages: dict[str, StageFolder],
-) -> RunRecord:
-    """Measure the victim beside its twin; write figures and artefacts; return the record that vouches for them."""
-    target_class = poisoned.plan.target_class
-    encoder, twin = (load_encoder(stages[name].path / ENCODER) for name in ("victim", "clean_twin"))
-    triggered = apply_to_uint8(trigger, data.test.images)
-    found = evaluate_backdoor(
-        encoder,
-        twin,
-        train=data.train,
-        test=data.test,
-        triggered=triggered,
-        target_class=target_class,
-        probes=spec.probes,
-    )
-    views = Views(spec.pretraining.views, data.test.image_size)
-    follow = Follower(data.train, data.test, triggered, target_class, views)
-    record = RunRecord(
-        run_id=folder.name,
-        spec=spec.model_dump(mode="json"),
-        metrics=found.metrics,
-        took=took(found.metrics),
-        similarity=found.similarity,
-        stealth=measure_stealth(data.test.images, triggered),
-        trajectory=_trajectory(stages["victim"], follow),
-        trajectory_clean_twin=_trajectory(stages["clean_twin"], follow),
-        crafting=stages["craft"].facts["crafting"],
-        provenance=_provenance(data, poisoned, trigger, stages),
-    )
-    figures = analysis.record_figures(record)
-    assert data.test.labels is not None  # `evaluate_backdoor` refuses a set without them
-    figures |= analysis.test_set_figures(
-        data.test.images,
-        triggered,
-        data.test.labels,
-        data.test.class_names,
-        target_class,
-        features=found.clean.vectors,
-        triggered_features=found.triggered.vectors,
-    )
-    make_directory(folder / "figures")
-    for name, (figure, columns) in figures.items():
-        analysis.save_figure(figure, folder / "figures" / name, columns)
-    for name, stage in ((TRIGGER, stages["craft"]), (ENCODER, stages["victim"])):
-        atomic_write(folder / name, (stage.path / name).read_bytes())
-    write_json(folder / "poison_manifest.json", _manifest(spec, trigger, poisoned).model_dump(mode="json"))
-    write_text(folder / "spec.yaml", dump_yaml(record.spec))
-    names = [TRIGGER, ENCODER, "poison_manifest.json", "spec.yaml"]
-    names += [f"figures/{name}.{suffix}" for name in figures for suffix in ("svg", "csv")]
-    return record.model_copy(update={"artefacts": {name: sha256_file(folder / name) for name in names}})
-
-
-def _trajectory(stage: StageFolder, follow: Follower) -> list[dict[str, Any]]:
-    """Loss and measured values at every snapshot of one training."""
-    rows = {int(row["epoch"]): row for row in stage.facts["trajectory"]}
-    return [{**rows[epoch], **follow(encoder)} for epoch, encoder in snapshots(stage.path / "snapshots")]
-
-
-def _manifest(spec: ExperimentSpec, trigger: Trigger, poisoned: PoisonedDataset) -> Manifest:
-    return build_manifest(poisoned, trigger, seeds={"run": spec.seed})
-
-
-def _provenance(
-    data: Data, poisoned: PoisonedDataset, trigger: Trigger, stages: dict[str, StageFolder]
-) -> dict[str, Any]:
-    """Versions, hashes and times: what it takes to trust a number, or to make it again."""
-    of_target_class = int(np.count_nonzero(data.train.labels == poisoned.plan.target_class))
-    libraries = ("blto", "torch", "torchvision", "lightly", "numpy", "numba", "scikit-learn")
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "data": {
-            "name": data.train.name,
-            "class_names": list(data.train.class_names),
-            "train_images": len(data.train),
-            "test_images": len(data.test),
-            "train_sha256": data.train.content_hash,
-            "test_sha256": data.test.content_hash,
-        },
-        "poison": {
-            "images": poisoned.n_poisoned,
-            "poison_rate": poisoned.plan.poison_rate,
-            "share_of_target_class": poisoned.n_poisoned / of_target_class,
-            "epsilon_reached": poisoned.epsilon_reached,
-            "trigger_sha256": trigger.identity,
-        },
-        "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
-    }

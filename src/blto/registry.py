@@ -90,8 +90,11 @@ class Registry(Generic[T]):
         name = given.pop("name", None)
         if not isinstance(name, str):
             raise ConfigError(f"{where}: needs a name; {nearest(str(name), self._entries)}.")
-        model = validate(self.schema(name), given, where)
-        return {"name": name, **model.model_dump(mode="json")}
+        try:
+            schema = self.schema(name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.name: {error}") from error
+        return {"name": name, **validate(schema, given, where).model_dump(mode="json")}
 
     def build(self, spec: Mapping[str, Any] | str, *collaborators: Any) -> T:
         """Construct a component from its spec; `collaborators` are its positional arguments."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from blto.attacks import ATTACKS
+from blto.attacks import ATTACKS, crafting
 from blto.attacks.base import Surroundings, poison_with
 from blto.attacks.bilevel import BilevelOptimisation
 from blto.attacks.blto import BLTO
@@ -16,6 +16,7 @@ from blto.attacks.objective import similarities, whitening_basis
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.errors import ConfigError, Diverged, Interrupted
 from blto.poisoning import AdditiveTrigger, Budget, GeneratorTrigger
+from blto.pretraining.spec import OptimizerSpec
 from tests.factories import random_images, tiny_bilevel
 
 IMAGES = random_images(40)
@@ -130,6 +131,37 @@ def test_a_surrogate_with_nan_is_named() -> None:
         next(run.surrogate.method.encoder.parameters()).fill_(float("nan"))
     with pytest.raises(Diverged, match=r"surrogate's features hold NaN or Inf at step 2 of 14"):
         run.step()
+
+
+@pytest.mark.parametrize("similarity", ["raw", "whitened"])
+@pytest.mark.parametrize(
+    "changes", [{"inner_steps": 60, "rounds": 1}, {"inner_steps": 12, "rounds": 6, "reinitialise_every": 1}]
+)
+def test_the_first_bad_step_of_the_surrogate_is_named(changes: dict[str, int], similarity: str) -> None:
+    """Also where no row of the trajectory comes before 50 steps, and where a new surrogate is about to start."""
+    spec = tiny_bilevel(**changes, similarity=similarity)
+    recipe = spec.surrogate.model_copy(update={"optimizer": OptimizerSpec(lr=1e20)})
+    attack = BLTO(
+        target_class=1,
+        poison_rate=0.1,
+        generator=GENERATOR,
+        bilevel=spec.model_copy(update={"surrogate": recipe}),
+    )
+    with pytest.raises(Diverged, match=r"loss of surrogate 0 became NaN or Inf at its step [1234] of \d+; lower"):
+        attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
+
+
+def test_the_surrogates_flag_is_read_every_fifty_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred inner steps come before the first outer one."""
+    run = optimisation(inner_steps=100, rounds=1, similarity="raw")
+    monkeypatch.setattr(crafting, "BilevelOptimisation", lambda *_, **__: run)
+    recipe = run.spec.surrogate.model_copy(update={"optimizer": OptimizerSpec(lr=1e20)})
+    run.spec = run.spec.model_copy(update={"surrogate": recipe})
+    with pytest.raises(Diverged):
+        crafting.optimise_trigger(
+            run.trigger, IMAGES, run.spec, target_class=1, poison_rate=0.1, seed=0, surroundings=Surroundings()
+        )
+    assert run.position == 50
 
 
 def test_one_delta_for_all_images_stays_where_it_has_a_gradient() -> None:

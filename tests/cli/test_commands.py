@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import blto
+from blto.catalog import registries
 from blto.cli import main
 
 
@@ -74,6 +76,29 @@ def test_show_names_every_option_with_range_default_and_meaning(capsys: pytest.C
     text = capsys.readouterr().out
     assert "arXiv 2404.07863" in text
     assert all(key in text for key in options)
+
+
+def components() -> list[str]:
+    return [f"{kind}:{name}" for kind, registry in registries().items() for name in registry.names()]
+
+
+@pytest.mark.parametrize("name", components())
+def test_every_option_has_a_meaning_that_is_shown_whole(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = blto.show(name)["options"]
+    assert not [option["key"] for option in options if not option["meaning"]]
+    assert not [option for option in options if re.search("as in (every attack|BLTO)", option["meaning"])]
+    assert main(["show", name]) == 0
+    shown = set(capsys.readouterr().out.split())
+    assert not {word for option in options for word in option["meaning"].split()} - shown
+
+
+def test_a_meaning_given_elsewhere_is_spelled_out() -> None:
+    for name in ("blto", "untrained_generator", "frozen_surrogate"):
+        meanings = {option["key"]: option["meaning"] for option in blto.show(name)["options"]}
+        assert meanings["target_class"].startswith("the class that triggered images shall be taken for")
+        assert meanings["poison_rate"].startswith("poisoned images / all training images, in [0, 1]")
+    assert meanings["epsilon"] == "L-infinity budget, a fraction of the pixel range (paper: 8/255)."
+    assert "options of the bi-level loop; the surrogate trains for one period" in meanings["bilevel"]
 
 
 def test_show_finds_library_backbones_and_kinds() -> None:

@@ -68,7 +68,7 @@ def attacked(trigger: AdditiveTrigger, poison_rate: float) -> Evaluation:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("generator_seed", [0, 1, 2])
+@pytest.mark.parametrize("generator_seed", [1, 2, 3])  # 0 is the demo's own
 def test_an_ssl_encoder_of_the_demos_size_passes_70_percent(generator_seed: int) -> None:
     train, test = data("train", generator_seed), data("test", generator_seed)
     trained = pretrain(

@@ -14,8 +14,10 @@ from blto.files import read_jsonl
 from blto.models.encoder import Encoder
 from blto.pretraining import METHODS, loop
 from blto.pretraining.loop import Pretrained, batches, observed_epochs, pretrain
+from blto.pretraining.snapshots import SnapshotObserver
 from blto.pretraining.trainer import Trainer, learning_rate_factor
-from tests.factories import random_images, tiny_recipe
+from blto.runtime import device
+from tests.factories import TINY_BACKBONE, random_images, tiny_recipe
 
 IMAGES = random_images(36).without_labels()  # 4 batches of 8 an epoch, 4 images left out
 
@@ -133,6 +135,33 @@ def test_nan_is_named_by_its_first_step_and_the_last_good_checkpoint_survives(
     monkeypatch.setattr(Trainer, "train_step", original)
     resumed = pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path, resume=True)
     assert_equal(resumed, pretrain(IMAGES, tiny_recipe(), seed=0))
+
+
+def test_nan_within_an_epoch_is_named_before_an_observer_keeps_it(tmp_path: Path) -> None:
+    """Four steps an epoch, far fewer than between two checks."""
+    keeper = SnapshotObserver(tmp_path / "snapshots", TINY_BACKBONE, 16)
+    recipe = tiny_recipe(optimizer={"lr": 1e20})
+    with pytest.raises(Diverged, match=r"NaN or Inf at step [123] of 8; there is no checkpoint yet"):
+        pretrain(IMAGES, recipe, seed=0, folder=tmp_path, observers=[keeper])
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["epoch-00000.safetensors"]
+    assert [line["event"] for line in read_jsonl(tmp_path / "log.jsonl")] == ["observed"]
+
+
+def test_a_stop_request_does_not_hide_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Diverged):
+        pretrain(IMAGES, tiny_recipe(optimizer={"lr": 1e20}), seed=0, folder=tmp_path)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_resume_refuses_another_resolved_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(precision="auto", engine="fast")
+    monkeypatch.setattr(device, "native_bf16", lambda _: False)
+    pretrain(IMAGES, recipe, seed=0, folder=tmp_path)
+    pretrain(IMAGES, recipe, seed=0, folder=tmp_path, resume=True)
+    monkeypatch.setattr(device, "native_bf16", lambda _: True)
+    with pytest.raises(Mismatch, match="another precision"):
+        pretrain(IMAGES, recipe, seed=0, folder=tmp_path, resume=True)
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own() -> None:

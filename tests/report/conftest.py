@@ -38,7 +38,7 @@ def make_record() -> MakeRecord:
             "took": took(probes),
             "similarity": {"raw": 0.9, "normalised": 0.8},
             "stealth": {"linf": 8 / 255, "psnr": 33.44, "ssim": 0.95, "changed": 1.0, "lpips": 0.012345},
-            "provenance": {"command": f"blto run {text}", "data": {"note": text}, "seconds": 3.5},
+            "provenance": {"data": {"note": text}, "seconds": 3.5},
             "artefacts": {text: "ab" * 32},
         }
         return RunRecord(**{**fields, **changes})

@@ -150,9 +150,47 @@ def test_it_says_whether_the_attack_took_with_the_numbers(make_record: MakeRecor
     unknown = text_of(render_report([make_record(lift=None)], {}))
     assert "Not measured." in unknown
     clean = make_record(lift=0.0, spec={"attack": {"name": "clean"}})
-    assert "Clean runs only." in text_of(render_report([clean], {}))
+    assert "Nothing was poisoned." in text_of(render_report([clean], {}))
     several = text_of(render_report([make_record("a"), make_record("b", lift=0.1), clean], {}))
     assert "1 of 2 attacks took." in several
+    assert "control" not in several[: several.index("Results")]
+
+
+def test_the_headline_counts_controls_apart(make_record: MakeRecord) -> None:
+    def named(name: str, lift: float = 0.0) -> RunRecord:
+        return make_record(name.replace("_", "-"), lift=lift, spec={"attack": {"name": name}})
+
+    def headline(*records: RunRecord) -> str:
+        page = render_report(records, {})
+        return page[page.index("<h1>") + 4 : page.index("</h1>")]
+
+    attack, clean, untrained = named("blto"), named("clean"), named("untrained_generator")
+    assert headline(clean, untrained, attack) == "The attack did not take. 0 of 1 control took."
+    assert headline(named("blto", 0.6), untrained, named("frozen_surrogate", 0.7)) == (
+        "The attack took. 1 of 2 controls took."
+    )
+    assert headline(attack, named("sig", 0.6), named("universal_delta")) == "1 of 2 attacks took. 0 of 1 control took."
+    assert headline(clean, untrained) == "0 of 1 control took."
+    assert headline(untrained) == "The control did not take."
+    assert headline(clean, attack) == "The attack did not take."
+    assert headline(clean) == "Clean run."
+    assert headline(clean, named("clean")) == "Clean runs only."
+
+
+def test_several_seeds_have_a_row_that_leads_to_no_single_run(make_record: MakeRecord) -> None:
+    runs = [make_record(f"r{seed}", spec={**make_record().spec, "seed": seed}) for seed in range(3)]
+    page = Structure(render_report(runs, {}))
+    links = [value for _, name, value in page.values if name == "href" and value.startswith("#run-")]
+    assert links == [f"#run-{number}" for _ in ("linear", "knn") for number in (1, 2, 3)]
+    text = text_of(render_report(runs, {}))
+    assert text.count("simclr, mean of 3 seeds") == 2
+    assert "blto 3 of 3 85.0%[85.0, 85.0]" in text
+
+
+def test_the_command_that_runs_it_again_names_what_it_needs(make_record: MakeRecord) -> None:
+    assert "blto run r/spec.yaml --data-root DIR " in text_of(render_report([make_record()], {}))
+    embedded = make_record(spec={**make_record().spec, "data": {"name": "synthetic"}})
+    assert "--data-root" not in text_of(render_report([embedded], {}))
 
 
 def test_it_shows_stealth_spec_command_and_provenance(make_record: MakeRecord) -> None:
@@ -163,7 +201,7 @@ def test_it_shows_stealth_spec_command_and_provenance(make_record: MakeRecord) -
         "SSIM 0.950",
         "Images changed 100.0%",
         "lpips 0.01235",
-        "blto run cat",
+        "blto run r/spec.yaml",
         "poison_rate: 0.01",
         "data.note cat",
         "normalised 0.800",

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from blto.records import Metric, RunRecord
 from blto.report import markdown_table, results_table
-from blto.report.tables import probes, table_rows
+from blto.report.tables import probes, rows_over_seeds, table_rows
 from blto.report.wording import interval, lookup, percent, points, with_interval
 
 MakeRecord = Callable[..., RunRecord]
@@ -100,3 +100,42 @@ def test_brackets_are_shown_in_the_terminal(make_record: MakeRecord) -> None:
 @pytest.mark.parametrize("name", ["noisy_alignment", "poisoned_encoder"])
 def test_underscores_inside_names_stay_readable_in_markdown(make_record: MakeRecord, name: str) -> None:
     assert f"| {name} |" in markdown_table([make_record(spec={"attack": {"name": name}})])
+
+
+def with_seed(make_record: MakeRecord, seed: int, lift: float | None, **spec: object) -> RunRecord:
+    base = make_record().spec
+    return make_record(f"r{seed}", lift=lift, spec={**base, **spec, "seed": seed})
+
+
+def test_runs_that_differ_in_their_seed_alone_get_a_row_of_means(make_record: MakeRecord) -> None:
+    """Lifts of 0.5, 0.6 and 0.9: mean 2/3, t(0.975, 2) = 4.302653 times 0.2081666 / sqrt(3) is 0.517115."""
+    runs = [with_seed(make_record, seed, lift) for seed, lift in ((0, 0.5), (1, 0.6), (2, 0.9))]
+    other = with_seed(make_record, 0, 0.1, attacker_share=0.5)
+    (row,) = rows_over_seeds([*runs, runs[1], other])
+    lift = row.metrics["lift"]
+    assert (lift.value, lift.low, lift.high) == pytest.approx((2 / 3, 2 / 3 - 0.517115, 2 / 3 + 0.517115), abs=1e-5)
+    assert (lift.n, row.n, row.seed, row.took) == (3, "3 seeds", "mean of 3", "3 of 3")
+    (beside,) = rows_over_seeds(runs, "knn")
+    assert beside.took == "\u2013"
+    table = markdown_table([*runs, other])
+    line = table.splitlines()[6]
+    assert line.startswith("| blto | cat | simclr | 1.00% | 8/255 | mean of 3 | 66.7% [15.0, 118.4] |")
+    assert line.endswith("| 3 seeds | 3 of 3 |")
+    assert table.endswith("Means over seeds: Student-t intervals over the seeds.\n")
+    text = printed([*runs, other])
+    assert max(map(len, text.splitlines())) <= 80
+    assert "mean of 3 seeds" in text
+    assert "3 of 3 took" in " ".join(text.split())
+
+
+def test_seeds_with_a_missing_value_have_no_mean_of_it(make_record: MakeRecord) -> None:
+    (row,) = rows_over_seeds([with_seed(make_record, 0, 0.5), with_seed(make_record, 1, None)])
+    assert "lift" not in row.metrics
+    assert row.metrics["asr_clean_twin"].value == pytest.approx(0.06)
+    assert row.took == "1 of 2"
+
+
+def test_runs_of_one_seed_each_have_no_row_of_means(make_record: MakeRecord) -> None:
+    runs = [with_seed(make_record, 0, 0.5), with_seed(make_record, 1, 0.6, attacker_share=0.1)]
+    assert rows_over_seeds(runs) == rows_over_seeds([runs[0], runs[0]]) == []
+    assert "over seeds" not in printed(runs) + markdown_table(runs)

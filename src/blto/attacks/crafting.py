@@ -21,6 +21,8 @@ from blto.runtime.seeds import seeded, stream_seed
 
 CHECKPOINT = "crafting_checkpoint.safetensors"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+STEPS_BETWEEN_CHECKS = 50
+"""Steps, inner and outer, after which the surrogate's NaN flag is read from the device."""
 STEPS_BETWEEN_ROWS = 10
 """Outer steps after which the trajectory gets a row; the state may be saved as often."""
 
@@ -67,6 +69,7 @@ def optimise_trigger(
         seed,
         frozen,
         images.content_hash,
+        run.surrogate.precision,
     ]
     kept = _Kept(run, surroundings.folder, sha256_bytes(canonical_json(inputs)))
     bar = surroundings.progress.bar("learn the trigger", run.total_steps)
@@ -75,7 +78,7 @@ def optimise_trigger(
             kept.restore()
         shown = "surrogate training"
         while run.position < run.total_steps:
-            shown = kept.note(run.step()) or shown
+            shown = kept.note(kept.step()) or shown
             if run.position % STEPS_BETWEEN_ROWS == 0 or run.position == run.total_steps:
                 advance(run.position, shown)
             if stop:
@@ -96,16 +99,28 @@ class _Kept:
         self.run, self.folder, self.identity = run, folder, identity
         self._saved_at = time.monotonic()
 
+    def step(self) -> Similarities | None:
+        """The run's next step; what it does not survive is told by the surrogate's first bad one."""
+        if self.run.position and self.run.place().starts:
+            self.check()
+        try:
+            return self.run.step()
+        except Diverged:
+            self.check()
+            raise
+
     def note(self, found: Similarities | None) -> str:
-        """After a step: save where it is time, and every ten outer steps look for NaN and add a row.
+        """After a step: save where it is time, every fifty steps look for NaN, every ten outer ones add a row.
 
         Returns:
             The row in words, or nothing.
         """
         run, words = self.run, ""
+        if run.position % STEPS_BETWEEN_CHECKS == 0:
+            self.check()
         if found is not None and (run.outer_steps % STEPS_BETWEEN_ROWS == 0 or run.position == run.total_steps):
             near = {"trigger": float(found.triggered), "clean": float(found.clean), "target": float(found.target)}
-            self._check(near["trigger"])
+            self.check(near["trigger"])
             row = {"step": float(run.outer_steps), "period": float(run.period), **near}
             run.trajectory.append(row)
             if self.folder:
@@ -115,17 +130,25 @@ class _Kept:
             self.save()
         return words
 
-    def _check(self, similarity: float = 0.0) -> None:
+    def check(self, similarity: float = 0.0) -> None:
+        """Raises Diverged, with the first bad step, where the surrogate's flag is set or the similarity not finite."""
         run = self.run
-        if int(run.surrogate.first_bad_step) >= 0 or not math.isfinite(similarity):
+        bad = int(run.surrogate.first_bad_step)
+        if bad >= 0:
             raise Diverged(
-                f"the bi-level loop met NaN or Inf by step {run.position} of {run.total_steps}; "
-                "lower surrogate.optimizer.lr or outer_lr."
+                f"the loss of surrogate {run.period} became NaN or Inf at its step {bad} of "
+                f"{run.surrogate.total_steps}; lower surrogate.optimizer.lr "
+                f"(now {run.spec.surrogate.optimizer.lr:g}), or give precision fp32."
+            )
+        if not math.isfinite(similarity):
+            raise Diverged(
+                f"the trigger's similarity became NaN or Inf by step {run.position} of {run.total_steps}; "
+                f"lower outer_lr (now {run.spec.outer_lr:g})."
             )
 
     def save(self) -> None:
         """Write the checkpoint; a state with NaN in it never becomes one."""
-        self._check()
+        self.check()
         if self.folder:
             run = self.run
             state = {

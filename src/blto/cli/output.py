@@ -34,11 +34,11 @@ def print_text(*items: RenderableType) -> None:
         console.print(Text(item) if isinstance(item, str) else item, soft_wrap=isinstance(item, str))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A borderless table of any values, shown literally."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], limit: int = 200) -> Table:
+    """A borderless table of any values, shown literally, each whole up to `limit` characters."""
     result = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        result.add_row(*(Text(show(cell)) for cell in row))
+        result.add_row(*(Text(show(cell, limit)) for cell in row))
     return result
 
 
@@ -117,7 +117,7 @@ def print_component(component: Mapping[str, Any], *, as_json: bool) -> None:
     print_text(*(show(line, 1000) for line in lines))
     rows = [(option["key"], option["accepts"], _default(option), option["meaning"]) for option in component["options"]]
     if rows:
-        print_text("", table(("KEY", "ACCEPTS", "DEFAULT", "MEANING"), rows))
+        print_text("", table(("KEY", "ACCEPTS", "DEFAULT", "MEANING"), rows, limit=2000))
 
 
 def print_verified(path: Path, found: Mapping[str, Any], *, as_json: bool) -> None:

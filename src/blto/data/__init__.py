@@ -10,18 +10,27 @@ from typing import Any, Protocol
 from blto.data.images import ImageSet, Split
 from blto.errors import ConfigError
 from blto.registry import Registry
+from blto.runtime.progress import ON_STANDARD_ERROR, Progress
 
 
 class Reader(Protocol):
     """What every data set class offers."""
 
-    def load(self, split: Split, root: Path | None = None, *, poisoned: bool = False) -> ImageSet:
+    def load(
+        self,
+        split: Split,
+        root: Path | None = None,
+        *,
+        poisoned: bool = False,
+        progress: Progress = ON_STANDARD_ERROR,
+    ) -> ImageSet:
         """Read one split.
 
         Args:
             split: "train" or "test".
             root: where files are looked for.
             poisoned: read the set even where it is marked as poisoned on purpose.
+            progress: where a download shows.
         """
 
 
@@ -43,6 +52,7 @@ def load(
     data_root: Path | None = None,
     split: Split = "train",
     poisoned: bool = False,
+    progress: Progress = ON_STANDARD_ERROR,
 ) -> ImageSet:
     """Load one split of the data set that `spec` names.
 
@@ -51,6 +61,7 @@ def load(
         data_root: where files are looked for; the variable BLTO_DATA where None.
         split: "train" or "test".
         poisoned: permit a set that is marked as poisoned on purpose.
+        progress: where a download shows.
 
     Raises:
         ConfigError: an unknown name or argument; NO-DATA where the files are not there.
@@ -61,4 +72,4 @@ def load(
         raise ConfigError(f'split is "{split}"; give "train" or "test".')
     if data_root is None and os.environ.get("BLTO_DATA"):
         data_root = Path(os.environ["BLTO_DATA"])
-    return DATASETS.build(spec).load(split, data_root, poisoned=poisoned)
+    return DATASETS.build(spec).load(split, data_root, poisoned=poisoned, progress=progress)

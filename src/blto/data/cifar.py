@@ -18,7 +18,7 @@ from blto.files import show
 from blto.files.cifar_batches import read_cifar
 from blto.files.download import download
 from blto.registry import Card
-from blto.runtime.progress import Progress
+from blto.runtime.progress import ON_STANDARD_ERROR, Progress
 from blto.runtime.seeds import numpy_generator
 
 Kind = Literal["cifar10", "cifar100"]
@@ -80,9 +80,17 @@ class Cifar10:
         self.limits = {"train": train_limit, "test": test_limit}
         self.limit_seed = limit_seed
 
-    def load(self, split: Split, root: Path | None = None, *, poisoned: bool = False) -> ImageSet:
+    def load(
+        self,
+        split: Split,
+        root: Path | None = None,
+        *,
+        poisoned: bool = False,
+        progress: Progress = ON_STANDARD_ERROR,
+    ) -> ImageSet:
         """Read one split; errors as `load_cifar`, and ConfigError where a limit exceeds it."""
-        return limited(load_cifar("cifar10", split, root, poisoned=poisoned), self.limits[split], self.limit_seed)
+        images = load_cifar("cifar10", split, root, poisoned=poisoned, progress=progress)
+        return limited(images, self.limits[split], self.limit_seed)
 
 
 class Cifar100:
@@ -105,12 +113,27 @@ class Cifar100:
         self.limits = {"train": train_limit, "test": test_limit}
         self.limit_seed = limit_seed
 
-    def load(self, split: Split, root: Path | None = None, *, poisoned: bool = False) -> ImageSet:
+    def load(
+        self,
+        split: Split,
+        root: Path | None = None,
+        *,
+        poisoned: bool = False,
+        progress: Progress = ON_STANDARD_ERROR,
+    ) -> ImageSet:
         """Read one split; errors as `load_cifar`, and ConfigError where a limit exceeds it."""
-        return limited(load_cifar("cifar100", split, root, poisoned=poisoned), self.limits[split], self.limit_seed)
+        images = load_cifar("cifar100", split, root, poisoned=poisoned, progress=progress)
+        return limited(images, self.limits[split], self.limit_seed)
 
 
-def load_cifar(kind: Kind, split: Split, root: Path | None, *, poisoned: bool = False) -> ImageSet:
+def load_cifar(
+    kind: Kind,
+    split: Split,
+    root: Path | None,
+    *,
+    poisoned: bool = False,
+    progress: Progress = ON_STANDARD_ERROR,
+) -> ImageSet:
     """Read one split from `root`, `root/<kind>`, an earlier download, or the public archive, through the cache.
 
     Raises:
@@ -124,7 +147,7 @@ def load_cifar(kind: Kind, split: Split, root: Path | None, *, poisoned: bool = 
             if not poisoned:
                 refuse_poisoned(files[0].parent, files)
             return checked(read_parquet(files, name=kind, size=None), kind, files[0])
-    source = find_batches(kind, [*places, cache_folder() / "downloads"]) or fetch(kind, root)
+    source = find_batches(kind, [*places, cache_folder() / "downloads"]) or fetch(kind, root, progress)
 
     def decode() -> ImageSet:
         return ImageSet(*read_cifar(source, kind, split), kind)
@@ -146,11 +169,10 @@ def find_batches(kind: Kind, places: list[Path]) -> Path | None:
     return None
 
 
-def fetch(kind: Kind, root: Path | None) -> Path:
+def fetch(kind: Kind, root: Path | None, progress: Progress) -> Path:
     """Download the public archive into the cache. Raises ConfigError (NO-DATA) and, for other bytes, InputRefused."""
     public = PUBLIC[kind]
     target = cache_folder() / "downloads" / public.archive
-    progress = Progress()
     progress.say(f"{kind}: downloading {public.url} to {show(target)}")
     try:
         with progress.bar(f"{kind}, MiB", public.size // MEBIBYTE) as advance:
@@ -162,10 +184,11 @@ def fetch(kind: Kind, root: Path | None) -> Path:
                 max_bytes=public.size,
             )
     except (ConfigError, ResourceExhausted) as error:
-        where = f"not in {show(root)}" if root else "no data root is set"
+        where = f"not in {show(root, 60)}" if root else "no data root is set"
+        cause = error.__cause__ or error
         raise ConfigError(
-            f"{kind}: {where}; looked for {kind}/train*.parquet, train*.parquet, {public.folder}/ and "
-            f"{public.archive}. Name the folder that holds one with --data-root or BLTO_DATA. No download: {error}",
+            f"{kind}: {where}, and no download ({show(getattr(cause, 'reason', None) or cause, 40)}). Name the folder "
+            f"that holds {kind}/train*.parquet, {public.folder}/ or {public.archive} with --data-root or BLTO_DATA.",
             code="NO-DATA",
         ) from error
     return target

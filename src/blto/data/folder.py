@@ -17,6 +17,7 @@ from blto.data.marker import refuse_poisoned
 from blto.errors import ConfigError, InputRefused
 from blto.files import read_bytes, sha256_bytes, show
 from blto.registry import Card
+from blto.runtime.progress import ON_STANDARD_ERROR, Progress
 
 MAX_FILE_BYTES = 256 << 20
 
@@ -49,7 +50,14 @@ class ImageFolder:
         self.test_fraction = test_fraction
         self.split_seed = split_seed
 
-    def load(self, split: Split, root: Path | None = None, *, poisoned: bool = False) -> ImageSet:
+    def load(
+        self,
+        split: Split,
+        root: Path | None = None,
+        *,
+        poisoned: bool = False,
+        progress: Progress = ON_STANDARD_ERROR,
+    ) -> ImageSet:
         """Read one split, the classes in the order of their names.
 
         Raises:

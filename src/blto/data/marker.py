@@ -21,6 +21,6 @@ def refuse_poisoned(folder: Path, parquet_files: Sequence[Path] = ()) -> None:
     marks += [file for file in parquet_files if MARKER_KEY in read_parquet_metadata(file)]
     if marks:
         raise Mismatch(
-            f"{show(folder)}: marked as poisoned on purpose ({show(marks[0])}). "
-            "Use the clean set, or pass poisoned=True (--poisoned) where a poisoned one is meant."
+            f"{show(folder, 80)}: marked as poisoned on purpose ({show(marks[0].name, 40)}). "
+            "Use the clean set; only `blto pretrain --poisoned` (in Python poisoned=True) takes a poisoned one."
         )

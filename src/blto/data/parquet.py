@@ -17,6 +17,7 @@ from blto.errors import ConfigError, InputRefused
 from blto.files import show
 from blto.files.parquet import read_class_names, read_image_parquet
 from blto.registry import Card
+from blto.runtime.progress import ON_STANDARD_ERROR, Progress
 
 
 def find_parquet(folder: Path, split: str) -> list[Path]:
@@ -78,7 +79,14 @@ class Parquet:
         self.path = path
         self.image_size = image_size
 
-    def load(self, split: Split, root: Path | None = None, *, poisoned: bool = False) -> ImageSet:
+    def load(
+        self,
+        split: Split,
+        root: Path | None = None,
+        *,
+        poisoned: bool = False,
+        progress: Progress = ON_STANDARD_ERROR,
+    ) -> ImageSet:
         """Read one split.
 
         Raises:

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from blto.data.images import ImageSet, Split
 from blto.registry import Card
+from blto.runtime.progress import ON_STANDARD_ERROR, Progress
 
 Map = npt.NDArray[Any]  # floats, (B, H, W) or broadcastable to it
 
@@ -188,7 +189,14 @@ class Synthetic:
         self.image_size = image_size
         self.generator_seed = generator_seed
 
-    def load(self, split: Split, root: Path | None = None, *, poisoned: bool = False) -> ImageSet:
+    def load(
+        self,
+        split: Split,
+        root: Path | None = None,
+        *,
+        poisoned: bool = False,
+        progress: Progress = ON_STANDARD_ERROR,
+    ) -> ImageSet:
         """Draw one split; no file is read. The first k images are the same however many are drawn."""
         size = self.sizes[split]
         key = (self.generator_seed, int(split == "test"))

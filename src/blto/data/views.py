@@ -38,7 +38,18 @@ MASK = (1 << 64) - 1
 class ViewRecipe(BaseModel):
     """What a view may be; probabilities in [0, 1], jitter strengths as in torchvision's `ColorJitter`.
 
-    A `PerView` value holds the first view's and all later views' probability; one number stands for both.
+    Attributes:
+        crop_scale: area of the crop, a share of the image's, (low, high).
+        crop_ratio: width of the crop / its height, (low, high).
+        flip: probability of a horizontal flip.
+        jitter_probability: of color jitter, whose four strengths follow.
+        brightness, contrast, saturation: the factor is drawn from 1 - strength to 1 + strength.
+        hue: largest shift, as a fraction of the color circle.
+        grayscale_probability: of taking the color away.
+        blur_probability: of Gaussian blur: the first view's and all later views'; one number stands for both.
+        blur_sigma: of the blur, in pixels, (low, high).
+        solarize_probability: of inverting what is above the threshold; per view as for the blur.
+        solarize_threshold: a fraction of the pixel range.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -99,7 +110,7 @@ def resolve_recipe(spec: str | Mapping[str, Any]) -> ViewRecipe:
     given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in RECIPES:
-        raise ConfigError(f'unknown view recipe "{name}"; {nearest(str(name), RECIPES)}.')
+        raise ConfigError(f'views.name: unknown view recipe "{name}"; {nearest(str(name), RECIPES)}.')
     return validate(ViewRecipe, RECIPES[name].model_dump() | given, "views")
 
 

@@ -9,7 +9,17 @@ from blto.evaluation.backdoor import Evaluation, Follower, evaluate_backdoor
 from blto.evaluation.features import Features, evaluating, extract
 from blto.evaluation.geometry import alignment, similarity, uniformity
 from blto.evaluation.metrics import METRIC_NAMES, aggregate, backdoor_metrics, rate
-from blto.evaluation.probes import PROBES, KNNProbe, LinearModel, LinearProbe, Predict, Probe, fit_probe, knn_predict
+from blto.evaluation.probes import (
+    PROBES,
+    KNNProbe,
+    LinearModel,
+    LinearProbe,
+    Predict,
+    Probe,
+    check_probe,
+    fit_probe,
+    knn_predict,
+)
 from blto.evaluation.statistics import (
     Interval,
     lift_interval,
@@ -35,6 +45,7 @@ __all__ = [
     "aggregate",
     "alignment",
     "backdoor_metrics",
+    "check_probe",
     "evaluate_backdoor",
     "evaluating",
     "extract",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blto.data.images import ImageSet
 from blto.data.views import Views
 from blto.errors import ConfigError
-from blto.evaluation.features import Features, evaluating, extract
+from blto.evaluation.features import Features, device_of, evaluating, extract
 from blto.evaluation.geometry import alignment, similarity, uniformity
 from blto.evaluation.metrics import backdoor_metrics, rate
 from blto.evaluation.probes import fit_probe
@@ -124,7 +124,8 @@ class Follower:
         for name, key in (("trigger", "triggered"), ("clean", "clean"), ("target", "target")):
             row[name] = similarity(**{**found, "triggered": found[key]})["centred"]
         with evaluating(encoder), torch.inference_mode():
-            first, second = (_float(encoder(view)) for view in self._views)
+            device = device_of(encoder)
+            first, second = (_float(encoder(view.to(device))) for view in self._views)
         row["alignment"], row["uniformity"] = alignment(first, second), uniformity(found["clean"])
         return row
 

@@ -78,7 +78,7 @@ def extract(
     rows = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
     if not len(rows) or batch_size < 1:
         raise ConfigError(f"{len(rows)} images in batches of {batch_size}; give at least 1 of each.")
-    place = torch.device(device) if device is not None else _device_of(encoder)
+    place = torch.device(device) if device is not None else device_of(encoder)
 
     batches = []
     with evaluating(encoder), torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=bf16):
@@ -105,7 +105,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where the first parameter or buffer lies; the CPU for a module that has none."""
     first = next(chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if first is None else first.device

@@ -51,6 +51,11 @@ def fit_probe(name: str, bank: Features, num_classes: int, **options: Any) -> Pr
     return probe.fit(bank.vectors, bank.labels, num_classes)
 
 
+def check_probe(name: str, where: str, **options: Any) -> None:
+    """Raises ConfigError, with the key under `where`, for an unknown probe or option, or a value out of range."""
+    _REGISTRY.resolve({"name": name, **options}, where)
+
+
 class KNNProbe:
     """Weighted k-nearest-neighbour vote, see `knn_predict`.
 

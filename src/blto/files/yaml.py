@@ -110,13 +110,22 @@ def with_position(error: ConfigError, path: Path) -> ConfigError:
     node = _compose_file(path)
     line = None
     for key in keys:
-        found = [pair for pair in node.value if pair[0].value == key] if isinstance(node, yaml.MappingNode) else []
-        if not found:
+        found = _inside(node, key)
+        if found is None:
             break
-        mark, node = found[0][0].start_mark, found[0][1]
+        mark, node = found
         line = mark.line + 1 if mark else None
     where = show(path) if line is None else f"{show(path)}:{line}"
     return ConfigError(f"{where}: {error}", code=error.code)
+
+
+def _inside(node: yaml.Node | None, key: str) -> tuple[yaml.Mark | None, yaml.Node] | None:
+    """Where `key` (of a list, a number from 0) stands in `node`, and its value."""
+    if isinstance(node, yaml.MappingNode):
+        return next(((name.start_mark, value) for name, value in node.value if name.value == key), None)
+    if isinstance(node, yaml.SequenceNode) and key.isdecimal() and int(key) < len(node.value):
+        return node.value[int(key)].start_mark, node.value[int(key)]
+    return None
 
 
 def _compose_file(path: Path) -> yaml.Node | None:

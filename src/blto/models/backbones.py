@@ -106,33 +106,44 @@ class SmallResNet(ResNet):
 
 
 class LibraryBackbone:
-    """A network of timm or torchvision by name, its classifier removed and randomly initialised."""
+    """A network of timm or torchvision by name, its classifier removed and randomly initialised.
+
+    Raises:
+        ConfigError: a name that the library does not know.
+    """
 
     def __init__(self, library: str, model: str) -> None:
+        if model not in (known := _models(library)):
+            raise ConfigError(f'unknown {library} model "{model}"; {_close(model, known)}')
         self.card = Card(model, f"{model} as built by {library}, without its classifier")
         self._library, self._model = library, model
 
     def __call__(self) -> nn.Module:
-        """Build the network. Raises ConfigError for a name that the library does not know."""
+        """Build the network. Raises ConfigError for one whose classifier is not known."""
         if self._library == "timm":
             import timm
 
-            if self._model not in timm.list_models():
-                raise ConfigError(f'unknown timm model "{self._model}"; {_close(self._model, timm.list_models())}')
             network: nn.Module = timm.create_model(self._model, pretrained=False, num_classes=0)
             return network
         from torchvision import models
 
-        if self._model not in models.list_models(models):
-            raise ConfigError(
-                f'unknown torchvision model "{self._model}"; {_close(self._model, models.list_models(models))}'
-            )
         network = models.get_model(self._model, weights=None)
         for head in ("fc", "classifier", "heads", "head"):
             if hasattr(network, head):
                 setattr(network, head, nn.Identity())
                 return network
         raise ConfigError(f'torchvision model "{self._model}" has no known classifier to remove; use its timm twin.')
+
+
+def _models(library: str) -> list[str]:
+    """Every name that the library knows."""
+    if library == "timm":
+        import timm
+
+        return list(timm.list_models())
+    from torchvision import models
+
+    return list(models.list_models(models))
 
 
 def _close(name: str, known: list[str]) -> str:

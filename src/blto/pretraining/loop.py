@@ -115,7 +115,7 @@ def pretrain(
         ConfigError: fewer images than one batch.
         Diverged: the loss became NaN or Inf.
         Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a folder.
-        Mismatch: `resume` met a checkpoint of another recipe, seed or dataset.
+        Mismatch: `resume` met a checkpoint of another recipe, seed, dataset or precision.
     """
     if images.labels is not None:
         raise ValueError("a victim sees no labels: pass images.without_labels()")
@@ -145,6 +145,7 @@ def pretrain(
                 run.check_and_log()
                 advance(trainer.step, f"loss {run.last_loss:.3f}")
             if stop:
+                run.check()
                 run.save()
                 kept = "its state is saved; run the same command with --resume" if folder else "nothing was kept"
                 raise Interrupted(
@@ -180,6 +181,7 @@ class _Run:
         self._order_epoch = -1
         self._saved_at = time.monotonic()
         inputs = {"spec": spec.model_dump(mode="json"), "seed": seed, "data": images.content_hash}
+        inputs["precision"] = trainer.precision  # "auto" may be another one on the machine that goes on
         self.identity = sha256_bytes(canonical_json(inputs))
 
     @property
@@ -207,14 +209,14 @@ class _Run:
 
     def _observe(self, epoch: int) -> None:
         if epoch in self.observed:
+            self.check()  # before the observers keep anything of it
             values = observe(self.observers, self.trainer.method.encoder, epoch)
             loss = {"loss": float(self._loss)} if epoch else {}  # none has been computed at the start
             self.trajectory.append({"epoch": float(epoch), **loss, **values})
             self._log({"event": "observed", **self.trajectory[-1]})
 
-    def check_and_log(self) -> None:
-        """Read the flag and the loss; save where it is time."""
-        self.last_loss = float(self._loss)
+    def check(self) -> None:
+        """Read the flag. Raises Diverged with the first bad step."""
         bad = int(self.trainer.first_bad_step)
         if bad >= 0:
             kept = self.checkpoint and self.checkpoint.exists()
@@ -223,6 +225,11 @@ class _Run:
                 f"{'the last good checkpoint is kept' if kept else 'there is no checkpoint yet'}. "
                 f"Try a lower optimizer.lr (now {self.spec.optimizer.lr:g}), a longer warm-up, or precision fp32."
             )
+
+    def check_and_log(self) -> None:
+        """Read the flag and the loss; save where it is time."""
+        self.check()
+        self.last_loss = float(self._loss)
         self._log({"event": "step", "step": self.trainer.step, "loss": self.last_loss})
         if time.monotonic() - self._saved_at > self.checkpoint_seconds:
             self.save()

@@ -47,6 +47,12 @@ class OptimizerSpec(BaseModel):
     """Optimiser and peak learning rate, for the recipe's batch size: nothing is scaled behind your back.
 
     Biases and norms get no weight decay and, under LARS, no layer-wise adaptation (SimCLR, appendix B.6).
+
+    Attributes:
+        name: SGD with momentum, LARS, or AdamW.
+        lr: peak learning rate.
+        momentum: of SGD and LARS.
+        weight_decay: L2 penalty; decoupled under AdamW.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -64,6 +70,7 @@ class RecipeSpec(BaseModel):
         method: name and arguments of an entry of METHODS.
         backbone: name and arguments of an entry of BACKBONES, or `timm/...`, `torchvision/...`.
         views: an augmentation recipe by name, or `{name, **overrides}`.
+        optimizer: optimiser and peak learning rate.
         batch_size: images a step; each gives two views.
         precision: "auto" is bf16 where the device multiplies it natively, else fp32; fp32 under engine "reference".
         engine: "fast", or "reference": plain torch throughout, which the fast one is tested against.

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from blto.models import BACKBONES
 from blto.models.encoder import Encoder
+from blto.models.native import resnet
+from blto.models.native.library import find_kernels
 from blto.pretraining.method import SSLMethod
-from blto.pretraining.spec import Engine, OptimizerSpec
-from blto.runtime.device import Precision, fabric, resolve_precision
+from blto.pretraining.spec import Engine, OptimizerSpec, RecipeSpec
+from blto.runtime.device import Precision, fabric, processor_name, resolve_device, resolve_precision
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
@@ -42,6 +46,29 @@ def build_optimizer(spec: OptimizerSpec, method: SSLMethod) -> torch.optim.Optim
     return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
 
 
+def training_precision(precision: Precision, engine: Engine, device: str) -> Literal["fp32", "bf16"]:
+    """The precision that a recipe's `precision` and `engine` mean on "cpu" or "cuda"."""
+    return "fp32" if precision == "auto" and engine == "reference" else resolve_precision(precision, device)
+
+
+def arithmetic(spec: RecipeSpec, device: str, image_size: int) -> dict[str, str]:
+    """What of a recipe's result depends on the machine: device, its model, the resolved precision, and the engine."""
+    device = resolve_device(device)
+    precision = training_precision(spec.precision, spec.engine, device)
+    engine = "plain torch"
+    if spec.engine == "fast" and precision == "bf16" and device == "cpu":
+        kernels, engine = find_kernels()
+        batch = torch.empty(spec.batch_size, 3, image_size, image_size)
+        if kernels is not None and not resnet.supports(BACKBONES.build(spec.backbone), batch):
+            engine = "plain torch: the AMX kernels do not fit this backbone, batch or image size"
+    return {
+        "device": device,
+        "processor": processor_name(device),
+        "precision": precision,
+        "engine": engine,
+    }
+
+
 class Trainer:
     """A method in training.
 
@@ -54,6 +81,7 @@ class Trainer:
             other step, and every step of "reference", is plain torch.
 
     Attributes:
+        precision: in which it trains, "fp32" or "bf16".
         step: optimiser steps done.
         first_bad_step: on the device, the first step (from 0) whose loss was NaN or Inf, or -1. Reading it
             synchronises, so the loop does that now and then only.
@@ -70,13 +98,13 @@ class Trainer:
         precision: Precision = "auto",
         engine: Engine = "fast",
     ) -> None:
-        if precision == "auto" and engine == "reference":
-            precision = "fp32"
-        self.fabric = fabric(device, precision)
+        device = resolve_device(device)
+        self.precision = training_precision(precision, engine, device)
+        self.fabric = fabric(device, self.precision)
         method.encoder.to(memory_format=torch.channels_last)
         for part in method.modules():
             if isinstance(part, Encoder):
-                part.native = engine == "fast" and resolve_precision(precision, self.fabric.device.type) == "bf16"
+                part.native = engine == "fast" and self.precision == "bf16"
         self.method = method
         self._wrapped, self.optimizer = self.fabric.setup(method, build_optimizer(optimizer, method))
         self._peak = optimizer.lr

@@ -19,7 +19,8 @@ from blto.files.text import show
 from blto.records import HEADLINE_PROBE, RunRecord
 from blto.report import wording
 from blto.report.svg import inline_svg
-from blto.report.tables import METRICS, probes, table_rows
+from blto.report.tables import METRICS, probes, rows_over_seeds, table_rows
+from blto.report.wording import lookup
 
 FIGURES: dict[str, tuple[str, str]] = {
     "similarity_trajectory": (
@@ -85,7 +86,7 @@ def render_report(records: Sequence[RunRecord], figures: Mapping[str, Mapping[st
         headline=HEADLINE_PROBE,
         overall=wording.overall(records),
         runs=[_run(index, record, figures.get(record.run_id, {})) for index, record in enumerate(records, start=1)],
-        tables=[(probe, table_rows(records, probe)) for probe in probes(records)],
+        tables=[(probe, table_rows(records, probe), rows_over_seeds(records, probe)) for probe in probes(records)],
         columns=METRICS,
         definitions=wording.DEFINITIONS,
         open_runs=OPEN_RUNS,
@@ -113,7 +114,6 @@ def _unbroken(sentence: str) -> str:
 def _run(index: int, record: RunRecord, figures: Mapping[str, str]) -> dict[str, Any]:
     """What the template needs to know about one run."""
     answer, sentence = wording.verdict(record)
-    command = record.provenance.get("command")
     return {
         "index": index,
         "record": record,
@@ -126,8 +126,13 @@ def _run(index: int, record: RunRecord, figures: Mapping[str, str]) -> dict[str,
         "stealth": _stealth(record.stealth),
         "spec": "\n".join(show(line, 400) for line in _yaml(record.spec).split("\n")).rstrip(),
         "provenance": [(show(key), show(value, 300)) for key, value in _flat(record.provenance)],
-        "command": show(command, 400) if isinstance(command, str) else f"blto run {record.run_id}/spec.yaml",
+        "command": f"blto run {record.run_id}/spec.yaml{_data_root(record)}",
     }
+
+
+def _data_root(record: RunRecord) -> str:
+    """The option that a data set of files needs; where they lie is not in a record."""
+    return "" if lookup(record.spec, "data.name") == "synthetic" else " --data-root DIR"
 
 
 def _figures(run: int, figures: Mapping[str, str]) -> list[dict[str, Any]]:

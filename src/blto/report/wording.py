@@ -8,6 +8,7 @@ from typing import Any
 from blto.records import TOOK_LIFT, Metric, RunRecord
 
 MISSING = "\N{EN DASH}"
+CONTROLS = frozenset({"clean", "untrained_generator", "universal_delta", "frozen_surrogate"})
 
 MEANING = (
     f"An attack took if poisoning adds at least {TOOK_LIFT * 100:.0f} points to the share of triggered images that "
@@ -23,13 +24,16 @@ DEFINITIONS: dict[str, str] = {
     "target class although they carry no trigger.",
     "Lift": "ASR minus the larger of the untriggered rate and the clean twin's ASR: the part that poisoning adds.",
     "Took": f"The lift of the linear probe is at least {TOOK_LIFT * 100:.0f} points.",
+    "Control": "An attack that lacks what makes BLTO work: clean, untrained generator, universal delta, frozen "
+    "surrogate. It shows how much a weaker cause does by itself.",
     "Clean accuracy": "Share of all test images, without trigger, that the poisoned encoder's probe assigns to "
     "their class.",
     "Backdoor accuracy": "Share of triggered images that are still assigned to their own class.",
     "ASR, all images": "As ASR, with the images of the target class counted. Other papers report it; it flatters.",
     "Interval": "95% over the test images of this one run. It says nothing about other seeds: to compare attacks, "
-    "use several runs of each.",
-    "n": "Number of test images behind a value; in the tables of all runs, the n of the ASR.",
+    "use several runs of each. In a row that is a mean of several seeds it is Student's t over those seeds.",
+    "n": "Number of test images behind a value; in the tables of all runs, the n of the ASR, or the number of seeds "
+    "behind a mean.",
     "Poison rate": "Poisoned images divided by all training images after poisoning.",
     "Epsilon": "The budget: how far the trigger may move a channel of a pixel, of the range from 0 to 1.",
     "Probe": "Classifier on frozen features: linear is multinomial logistic regression, knn a weighted vote of the "
@@ -83,6 +87,11 @@ def is_attack(record: RunRecord) -> bool:
     return bool(lookup(record.spec, "attack.name") != "clean")
 
 
+def is_control(record: RunRecord) -> bool:
+    """Whether the run is there for others to be compared with."""
+    return lookup(record.spec, "attack.name") in CONTROLS
+
+
 def verdict(record: RunRecord) -> tuple[str, str]:
     """(short answer, one sentence with the numbers): did the attack take?"""
     metrics = [record.metric(name) for name in ("lift", "asr", "asr_clean_twin", "untriggered_rate")]
@@ -97,16 +106,24 @@ def verdict(record: RunRecord) -> tuple[str, str]:
     )
     if not is_attack(record):
         return "Clean run.", f"Nothing was poisoned. {numbers}"
+    what = "control" if is_control(record) else "attack"
     if record.took:
-        return "The attack took.", numbers
-    return "The attack did not take.", f"{numbers} At least {TOOK_LIFT * 100:.0f} points count as taken."
+        return f"The {what} took.", numbers
+    return f"The {what} did not take.", f"{numbers} At least {TOOK_LIFT * 100:.0f} points count as taken."
 
 
 def overall(records: Sequence[RunRecord]) -> str:
-    """One line for all runs of a report."""
-    attacks = [record for record in records if is_attack(record)]
+    """One line for all runs of a report, its controls counted apart."""
+    attacks = [record for record in records if not is_control(record)]
+    controls = [record for record in records if is_control(record) and is_attack(record)]
+    if len(records) == 1 or (len(attacks) == 1 and not controls):
+        return verdict((attacks or controls or records)[0])[0]
+    words = []
     if len(attacks) == 1:
-        return verdict(attacks[0])[0]
-    if not attacks:
-        return "Clean runs only."
-    return f"{sum(record.took for record in attacks)} of {len(attacks)} attacks took."
+        words.append(verdict(attacks[0])[0])
+    elif attacks:
+        words.append(f"{sum(record.took for record in attacks)} of {len(attacks)} attacks took.")
+    if controls:
+        number = f"{len(controls)} control{'s' * (len(controls) > 1)}"
+        words.append(f"{sum(record.took for record in controls)} of {number} took.")
+    return " ".join(words) or "Clean runs only."

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import platform
+import re
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16"]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's <malloc.h>."""
+CPU_FACTS = Path("/proc/cpuinfo")
+"""Where Linux says which processor this is."""
 
 
 def native_bf16(device: str) -> bool:
@@ -43,6 +48,17 @@ def resolve_precision(precision: Precision, device: str) -> Literal["fp32", "bf1
     if precision == "auto":
         return "bf16" if native_bf16(device) else "fp32"
     return precision
+
+
+def processor_name(device: str) -> str:
+    """The model of the CPU or GPU; of a CPU that does not say it, the architecture."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        found = re.search(r"^model name\s*: *(.+)$", CPU_FACTS.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
 
 
 @cache

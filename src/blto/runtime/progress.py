@@ -69,4 +69,4 @@ class Progress:
         return advance
 
 
-SILENT = Progress(quiet=True)
+SILENT, ON_STANDARD_ERROR = Progress(quiet=True), Progress()

@@ -1,0 +1,73 @@
+"""From a YAML file, `--set` and `--seed` to validated specs; an error says which of them is to blame."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from blto.errors import ConfigError
+from blto.experiment import ExperimentSpec
+from blto.files import show
+from blto.files.yaml import apply_assignments, load_yaml, parse_assignment, with_position
+from blto.registry import validate
+
+Config = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def _list(given: Any) -> Any:
+    if given is not None and not isinstance(given, list):
+        raise ValueError(f"{show(given)} is not a list; give names of attacks, such as [clean]")
+    return given or []
+
+
+class Configuration(ExperimentSpec):
+    """What a configuration file holds.
+
+    Attributes:
+        controls: further attacks, by name or as mappings, each run beside the first; see `ExperimentSpec.with_control`.
+    """
+
+    controls: Annotated[list[Any], BeforeValidator(_list)] = Field(default_factory=list)
+
+    def specs(self) -> list[ExperimentSpec]:
+        """The experiment itself, then one for each control. Raises ConfigError with the control's key."""
+        spec = ExperimentSpec.parse(self.model_dump(mode="json", exclude={"controls"}))
+        return [spec, *(spec.with_control(each, f"controls.{i}") for i, each in enumerate(self.controls))]
+
+
+def read_specs(config: Config, assignments: Sequence[str], seed: int | None, **absent: Any) -> list[ExperimentSpec]:
+    """The validated specs of a configuration: the experiment's, then those of its controls.
+
+    Args:
+        config: path of a YAML file, or its content.
+        assignments: "a.b=c", applied in order.
+        seed: overrules the configuration's, where given.
+        absent: keys to fill in where the configuration lacks them.
+
+    Raises:
+        ConfigError: with the key, and the file and line of `config`, the `--set` or the `--seed` that caused it.
+    """
+    file = None if isinstance(config, Mapping) else Path(config)
+    read = dict(config) if isinstance(config, Mapping) else load_yaml(Path(config))
+    given = {**absent, **apply_assignments(read, assignments)}
+    if seed is not None:
+        given["seed"] = seed
+    try:
+        return validate(Configuration, given, "").specs()
+    except ConfigError as error:
+        key = str(error).partition(": ")[0]
+        if key == "seed" and seed is not None:
+            raise ConfigError(f"--seed: {str(error).partition(': ')[2]}", code=error.code) from error
+        assigned = (".".join(parse_assignment(text)[0]) for text in assignments)
+        if any(f"{key}.".startswith(f"{name}.") for name in assigned):
+            raise ConfigError(f"--set {error}", code=error.code) from error
+        raise (with_position(error, file) if file else error) from error
+
+
+def read_spec(config: Config, assignments: Sequence[str], seed: int | None, **absent: Any) -> ExperimentSpec:
+    """The experiment's spec alone; arguments and errors as in `read_specs`."""
+    return read_specs(config, assignments, seed, **absent)[0]
