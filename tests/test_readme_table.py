@@ -1,4 +1,4 @@
-"""The README's results table is the one that the committed records give."""
+"""The README's tables are those that the committed records give."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_results_table_is_up_to_date() -> None:
-    with_table = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))["with_table"]
+def test_the_tables_are_up_to_date() -> None:
+    with_tables = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))["with_tables"]
     readme = (ROOT / "README.md").read_text()
-    assert with_table(readme, ROOT / "benchmarks" / "results") == readme
+    assert with_tables(readme, ROOT / "benchmarks" / "results") == readme
