@@ -82,6 +82,16 @@ def test_three_steps_follow_the_formula(optimizer: OptimizerSpec, views: list[Te
             torch.testing.assert_close(change, -rate * velocity[name], rtol=1e-3, atol=1e-6, msg=f"{name}, step {step}")
 
 
+def test_lars_adapts_also_where_nothing_is_decayed(views: list[Tensor]) -> None:
+    run = trainer(LARS.model_copy(update={"weight_decay": 0.0}))
+    before = weights_and_gradients(run.method, views)
+    run.train_step(views)
+    name = "encoder.backbone.stem.0.weight"
+    weight, gradient = before[name]
+    expected = -LARS.lr * TRUST * weight.norm() / gradient.norm() * gradient
+    torch.testing.assert_close(moved(run, before)[name], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_the_first_step_of_adamw_is_the_sign_of_the_gradient_and_the_decay(views: list[Tensor]) -> None:
     run = trainer(ADAMW)
     before, with_decay = weights_and_gradients(run.method, views), decayed(run.method)
