@@ -6,6 +6,7 @@ The victim's loop and BLTO's inner problem both call `Trainer.train_step`; there
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -41,6 +42,7 @@ def build_optimizer(spec: OptimizerSpec, method: SSLMethod) -> torch.optim.Optim
     if spec.name == "lars":
         from lightly.utils.lars import LARS
 
+        groups[0]["weight_decay"] = spec.weight_decay or sys.float_info.min  # lightly adapts only what it decays
         optimizer: torch.optim.Optimizer = LARS(groups, lr=spec.lr, momentum=spec.momentum)
         return optimizer
     return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)

@@ -1,0 +1,211 @@
+"""The order of the stages: who trains on which images, what a stage is a function of, what a record says of whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blto import experiment
+from blto.attacks.base import Surroundings, TrainedTrigger, poison_with
+from blto.attacks.untrained_generator import UntrainedGenerator
+from blto.data.images import ImageSet
+from blto.experiment import Data, Environment, ExperimentSpec, craft_stage, load_data, pretrain_stage
+from blto.poisoning import apply_to_uint8, load_trigger
+from blto.pretraining.loop import Pretrained, pretrain
+from blto.records import RunRecord, RunStore
+from tests.tiny_experiment import TINY_EXPERIMENT
+
+SHARE = 0.25  # 3 of the 12 training images of each class
+CONFIG: dict[str, Any] = {
+    **TINY_EXPERIMENT,
+    "attacker_share": SHARE,
+    "attack": {
+        "name": "untrained_generator",
+        "target_class": 1,
+        "poison_rate": 0.05,
+        "generator": {"name": "unet", "width": 4},
+    },
+}
+
+
+def parse(**changes: Any) -> ExperimentSpec:
+    return ExperimentSpec.parse(CONFIG | changes)
+
+
+def somewhere(root: Path) -> Environment:
+    return Environment(store=RunStore(root), device="cpu")
+
+
+def pixels(images: ImageSet) -> set[bytes]:
+    return {image.tobytes() for image in images.images}
+
+
+@dataclass
+class Seen:
+    """A whole run, and the images that each of its trainings was given."""
+
+    record: RunRecord
+    folder: Path
+    data: Data
+    crafted_on: list[ImageSet] = field(default_factory=list)
+    pretrained_on: dict[str, ImageSet] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    environment, spec = somewhere(tmp_path_factory.mktemp("store")), parse()
+    crafted_on: list[ImageSet] = []
+    pretrained_on: dict[str, ImageSet] = {}
+    train_trigger = UntrainedGenerator.train_trigger
+
+    def crafting(self: Any, images: ImageSet, *, seed: int, surroundings: Surroundings) -> TrainedTrigger:
+        crafted_on.append(images)
+        return train_trigger(self, images, seed=seed, surroundings=surroundings)
+
+    def pretraining(images: ImageSet, *args: Any, **options: Any) -> Pretrained:
+        pretrained_on[options["title"]] = images
+        return pretrain(images, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UntrainedGenerator, "train_trigger", crafting)
+        patch.setattr(experiment, "pretrain", pretraining)
+        record = experiment.run(spec, environment)
+    folder = environment.store.folder(record.run_id)
+    return Seen(record, folder, load_data(spec, environment), crafted_on, pretrained_on)
+
+
+def test_the_attacker_s_images_and_the_victim_s_divide_every_class(tmp_path: Path) -> None:
+    data, whole = (load_data(parse(attacker_share=share), somewhere(tmp_path)) for share in (SHARE, 0.0))
+    assert (len(whole.train), len(data.train), len(data.attacker)) == (120, 90, 30)
+    assert not pixels(data.train) & pixels(data.attacker)
+    assert pixels(data.train) | pixels(data.attacker) == pixels(whole.train)
+    assert len(pixels(whole.train)) == 120
+    label_of = dict(zip((image.tobytes() for image in whole.train.images), whole.train.labels.tolist(), strict=True))  # type: ignore[union-attr]
+    for part, of_each in ((data.train, 9), (data.attacker, 3)):
+        assert part.labels is not None
+        assert np.bincount(part.labels, minlength=10).tolist() == [of_each] * 10
+        assert [label_of[image.tobytes()] for image in part.images] == part.labels.tolist()
+    assert len({part.content_hash for part in (data.train, data.attacker, whole.train)}) == 3
+    assert data.test.content_hash == whole.test.content_hash
+    other = load_data(parse(seed=4), somewhere(tmp_path))
+    assert pixels(other.attacker) != pixels(data.attacker)
+
+
+def test_without_a_share_the_attacker_has_the_victim_s_images(tmp_path: Path) -> None:
+    data = load_data(parse(attacker_share=0.0), somewhere(tmp_path))
+    assert data.attacker.content_hash == data.train.content_hash
+
+
+def test_the_trigger_is_learned_on_the_attacker_s_images_alone(seen: Seen) -> None:
+    assert [images.content_hash for images in seen.crafted_on] == [seen.data.attacker.content_hash]
+
+
+def test_victim_and_twin_see_no_image_of_the_attacker(seen: Seen) -> None:
+    twin, victim = (seen.pretrained_on[f"pretrain the {who}"] for who in ("clean twin", "victim"))
+    assert twin.content_hash == seen.data.train.without_labels().content_hash
+    for images in (twin, victim):
+        assert images.labels is None
+        assert not pixels(images) & pixels(seen.data.attacker)
+    changed = (twin.images != victim.images).any(axis=(1, 2, 3))
+    assert seen.data.train.labels is not None
+    assert seen.data.train.labels[changed].tolist() == [1] * round(0.05 * 90)
+    assert seen.record.provenance["poison"]["images"] == changed.sum()
+    assert seen.record.provenance["data"]["train_images"] == 90
+
+
+def test_stealth_is_that_of_the_trigger_on_the_test_images(seen: Seen) -> None:
+    trigger = load_trigger(seen.folder / "trigger.safetensors")
+    test = seen.data.test.images
+    reach = np.abs(apply_to_uint8(trigger, test).astype(int) - test).max() / 255
+    assert 0 < reach <= 8 / 255
+    assert seen.record.stealth["linf"] == pytest.approx(reach)
+    assert seen.record.stealth["changed"] == 1
+
+
+def test_each_trajectory_is_that_of_its_own_training(seen: Seen) -> None:
+    spec, train = parse(), seen.data.train
+    trigger = load_trigger(seen.folder / "trigger.safetensors")
+    poisoned = poison_with(experiment.build_attack(spec, seen.data), trigger, train, seed=spec.seed)
+    for found, images in (
+        (seen.record.trajectory, poisoned.training_images()),
+        (seen.record.trajectory_clean_twin, train.without_labels()),
+    ):
+        again = pretrain(images, spec.pretraining, seed=spec.seed, device="cpu").trajectory
+        assert [row["epoch"] for row in found] == [0, 1, 2]
+        assert [row.get("loss") for row in found] == [row.get("loss") for row in again]
+    victim, twin = seen.record.trajectory, seen.record.trajectory_clean_twin
+    assert victim[0] == twin[0], "they start from the same weights"
+    assert all(row["trigger"] != other["trigger"] for row, other in zip(victim[1:], twin[1:], strict=True))
+
+
+def test_what_is_measured_is_the_victim_beside_its_twin(seen: Seen) -> None:
+    """The follower's last row of each training is of the encoder whose numbers the record has."""
+    last, twin = seen.record.trajectory[-1], seen.record.trajectory_clean_twin[-1]
+    assert seen.record.similarity["centred"] == pytest.approx(last["trigger"], abs=1e-4)
+    assert seen.record.similarity["centred"] != pytest.approx(twin["trigger"], abs=1e-4)
+
+
+OTHER_ATTACK = {**CONFIG["attack"], "target_class": 2}
+OTHER_RECIPE = {**CONFIG["pretraining"], "batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_new"),
+    [
+        ({"seed": 4}, True),
+        ({"pretraining": OTHER_RECIPE}, True),
+        ({"data": {**CONFIG["data"], "generator_seed": 1}}, True),
+        ({"attack": OTHER_ATTACK}, False),
+        ({"probes": {"knn": {"k": 3}}}, False),
+    ],
+    ids=["seed", "recipe", "images", "attack", "probes"],
+)
+def test_a_pretraining_is_a_function_of_seed_recipe_and_images(
+    changes: dict[str, Any], is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+
+    def counting(*args: Any, **options: Any) -> Pretrained:
+        nonlocal count
+        count += 1
+        return pretrain(*args, **options)
+
+    monkeypatch.setattr(experiment, "pretrain", counting)
+    environment = somewhere(tmp_path)
+    # One set for both seeds: a share would give another seed other images.
+    first, second = (parse(attacker_share=0.0, **each) for each in ({}, changes))
+    stages = [pretrain_stage(s, load_data(s, environment).train.without_labels(), environment) for s in (first, second)]
+    assert (stages[0].path != stages[1].path) == is_new
+    assert count == 1 + is_new
+    assert all(stage.complete for stage in stages)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_new"),
+    [
+        ({"seed": 4}, True),
+        ({"attack": OTHER_ATTACK}, True),
+        ({"data": {**CONFIG["data"], "generator_seed": 1}}, True),
+        ({"pretraining": OTHER_RECIPE}, False),
+        ({"probes": {"knn": {"k": 3}}}, False),
+    ],
+    ids=["seed", "attack", "images", "recipe", "probes"],
+)
+def test_a_trigger_is_a_function_of_seed_attack_and_images(
+    changes: dict[str, Any], is_new: bool, tmp_path: Path
+) -> None:
+    environment = somewhere(tmp_path)
+    first, second = (parse(attacker_share=0.0, **each) for each in ({}, changes))
+    one, other = (craft_stage(spec, load_data(spec, environment), environment) for spec in (first, second))
+    assert (one.path != other.path) == is_new
+
+
+def test_a_trigger_of_other_images_is_learned_anew(tmp_path: Path) -> None:
+    """The attacker's share decides which images those are."""
+    environment = somewhere(tmp_path)
+    specs = [parse(attacker_share=share) for share in (0.0, SHARE)]
+    assert len({craft_stage(spec, load_data(spec, environment), environment).path for spec in specs}) == 2
