@@ -35,7 +35,7 @@ RECIPE: dict[str, Any] = {
     "backbone": {"name": "small_resnet", "width": 32},
     "views": "simsiam_cifar",
     "batch_size": 128,
-    "epochs": 15,
+    "epochs": 10,
     "warmup_epochs": 1,
     "optimizer": {"lr": 0.12},
 }
@@ -60,11 +60,11 @@ def knn_accuracy(seed: int, engine: Engine, train: ImageSet, held_out: ImageSet)
 
 
 def losses(engine: Engine, images: ImageSet) -> list[float]:
-    """200 steps of SimCLR on ResNet-18, width 64, batch 64."""
-    spec = PretrainingSpec.model_validate({"method": "simclr", "backbone": "resnet18", "batch_size": 64})
+    """200 steps of SimCLR on ResNet-18, width 64, batch 32."""
+    spec = PretrainingSpec.model_validate({"method": "simclr", "backbone": "resnet18", "batch_size": 32})
     method = build_method(spec, seed=0, image_size=32)
     trainer = Trainer(method, optimizer=spec.optimizer, total_steps=200, warmup_steps=20, engine=engine)
-    data = OurData(images, 64)
+    data = OurData(images, 32)
     return [float(trainer.train_step(next(data))["loss"]) for _ in range(200)]
 
 

@@ -25,17 +25,22 @@ def speed_table(results: Path) -> str:
     for part in engine["parts"]:
         for ratio in part["ratios"]:
             lines.append(speed_row(part, ratio))
-    rates = " and ".join(f"{engine[key]['bf16']:.0f}" for key in ("matmul_gflops_before", "matmul_gflops_after"))
-    fp32 = " and ".join(f"{engine[key]['fp32']:.0f}" for key in ("matmul_gflops_before", "matmul_gflops_after"))
-    difference = learning["difference"]
-    lines += [
-        "",
-        f"{engine['machine']['processor']}, {engine['machine']['threads']} threads, {engine['engine']}. Images a second "
-        f"where nothing else is said. A 4096^3 matrix product before and after: {rates} GFLOP/s in bf16, {fp32} in fp32.",
-        f"Equal learning: kNN accuracy of the fast engine minus that of plain torch in fp32 is {difference['mean']:+.2f} "
-        f"points, 90% interval [{difference['low']:+.2f}, {difference['high']:+.2f}], {difference['n']} paired seeds.",
-    ]
-    return "\n".join(lines)
+    machine, found = engine["machine"], learning["difference"]
+    bf16, fp32 = (
+        " and ".join(f"{engine[f'matmul_gflops_{when}'][kind]:.0f}" for when in ("before", "after"))
+        for kind in ("bf16", "fp32")
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{machine['processor']}, {machine['threads']} threads, {engine['engine']}. Rates in images a second where",
+            f"nothing else is said. A 4096^3 matrix product before and after: {bf16} GFLOP/s in bf16, {fp32} in fp32.",
+            "Equal learning: kNN accuracy of the fast engine minus that of plain torch in fp32 is "
+            f"{found['mean']:+.2f} points, 90%",
+            f"interval [{found['low']:+.2f}, {found['high']:+.2f}], {found['n']} paired seeds (`make bench-learning`).",
+        ]
+    )
 
 
 def speed_row(part: dict[str, Any], ratio: dict[str, Any]) -> str:

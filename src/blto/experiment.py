@@ -260,6 +260,8 @@ def _run(spec: ExperimentSpec, data: Data, environment: Environment) -> None:
     with environment.store.lock(spec.run_id):
         say = environment.progress.say
         say(f"{spec.run_id}: {len(data.train)} training images, {len(data.test)} test images")
+        how = arithmetic(spec.pretraining, environment.device, data.train.image_size)
+        say(f"pretraining in {how['precision']} on {how['processor']}, {how['engine']}")
         crafted = craft_stage(spec, data, environment)
         trigger = load_trigger(crafted.path / TRIGGER)
         poisoned = poison_with(build_attack(spec, data), trigger, data.train, seed=spec.seed)

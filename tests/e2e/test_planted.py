@@ -1,6 +1,7 @@
-"""Null attacks on a victim that does have a backdoor: the right trigger for another class, and another trigger.
+"""A backdoor that takes, from the poisons to the lift; and null attacks on the same victim.
 
-Both must measure as nothing where the planted one has a large lift. The images are gray textures that a small net
+The nulls (the right trigger for another class, another trigger) must measure as nothing where the planted one has a
+large lift. The images are gray textures that a small net
 learns to tell apart within seconds, with few mistakes; the planted trigger is a tint, which no clean image has. With
 the seeds 100 to 105 the planted trigger's lift was 0.54 to 1.00, and no null's went beyond 0.003. Stronger tints are
 no good: they make a cluster of their own, which with some seeds (102 at 112/255) lies in the other class.
@@ -20,7 +21,7 @@ from blto.models.encoder import Encoder
 from blto.poisoning import AdditiveTrigger, Budget, PoisonedDataset, apply_to_uint8, plan_replacement
 from blto.pretraining.loop import pretrain
 from blto.pretraining.spec import PretrainingSpec
-from blto.records import Metric
+from blto.records import TOOK_LIFT, Metric
 
 SEED = 100
 SIZE = 32
@@ -105,11 +106,11 @@ def lift(metrics: dict[str, Metric]) -> float:
 
 
 @pytest.mark.full
-def test_the_planted_trigger_works() -> None:
-    """Without this, the nulls below would say nothing: ten times what they may show."""
-    found = measured(tint(), TARGET)
-    assert lift(found) > 0.3
-    assert (found["clean_accuracy"].value or 0) > 0.9
+def test_the_planted_backdoor_takes() -> None:
+    """Without this, the nulls below would say nothing. Three seeds, since one training can fall either way."""
+    found = [measured(tint(), TARGET, seed) for seed in (SEED, SEED + 1, SEED + 2)]
+    assert np.mean([lift(metrics) for metrics in found]) >= TOOK_LIFT
+    assert min(metrics["clean_accuracy"].value or 0 for metrics in found) > 0.9
 
 
 @pytest.mark.full
