@@ -82,18 +82,18 @@ def test_an_ssl_encoder_of_the_demos_size_passes_70_percent(generator_seed: int)
 def test_blto_learns_a_trigger_that_moves_a_victim_and_an_untrained_generator_does_not(tmp_path: Path) -> None:
     """The demo's own configuration on other images and another seed.
 
-    It asks for what the learning must give: a trigger that moves an encoder it has never met. How much of that is
-    lift is not asked: with these seeds the ASR was 70% at a lift of 0.47 on one thread, 21% at -0.06 on two, by
-    rounding alone.
+    It asks for what the learning must give: a trigger that moves most images on an encoder it has never met (ASRs of
+    69% to 99% were seen over five seeds). How much of that is lift is not asked: the clean twin's rate, which is
+    subtracted, was anything from 0% to 98% (docs/attacks/blto.md). A backdoor that takes is in `test_planted.py`.
     """
     config = CONFIG | {"data": {"name": "synthetic", "generator_seed": 101}}
     attack, clean, untrained = blto.run(config, seed=101, store=tmp_path, quiet=True)
     found = attack.metrics["linear"]
     values = {name: metric.value for name, metric in found.items() if metric.value is not None}
-    assert values["asr"] >= 0.05
+    assert values["asr"] >= 0.5
     assert values["untriggered_rate"] <= 0.05  # nothing shows without the trigger
     assert abs(values["clean_accuracy"] - values["clean_accuracy_clean_twin"]) <= 0.1
-    assert attack.stealth["linf"] <= 24 / 255 + 1e-6
+    assert attack.stealth["linf"] <= 32 / 255 + 1e-6
     for control in (clean, untrained):
         lift, asr = control.metrics["linear"]["lift"].value, control.metrics["linear"]["asr"].value
         assert lift is not None
