@@ -12,8 +12,8 @@ import torch
 import torchvision.transforms.functional as TF
 from torch import Tensor
 
+from blto.data.view_backends.fast import kernel
 from blto.data.views import RECIPES, ViewParameters, ViewRecipe, Views, resolve_recipe
-from blto.data.views_numba import kernel
 from blto.errors import ConfigError, InputRefused
 
 Array = np.ndarray[Any, Any]

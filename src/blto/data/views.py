@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from blto.data import views_gradient, views_numba, views_torch
+from blto.data.view_backends import batched, fast, gradient
 from blto.errors import ConfigError, InputRefused, nearest
 from blto.registry import validate
 
@@ -177,7 +177,7 @@ def draw(
         np.empty(count, np.float32),
         np.empty(count, np.float32),
     )
-    views_numba.draw_parameters(
+    fast.draw_parameters(
         np.uint64(seed & MASK),
         np.uint64(epoch),
         np.uint64(view),
@@ -243,7 +243,7 @@ class Views:
         out = torch.empty((len(rows), 3, self.size, self.size), memory_format=torch.channels_last)
         target = out.permute(0, 2, 3, 1).numpy()
         arguments = (frozen(images), frozen(rows), tuple(map(frozen, params.arrays)), self.blur_radius, target)
-        split(views_numba.render, len(rows), *arguments)
+        split(fast.render, len(rows), *arguments)
         return out
 
     def differentiable(self, images: Tensor, params: ViewParameters) -> Tensor:
@@ -260,9 +260,9 @@ class Views:
         check_shape(images.shape, images.shape[:1], params)
         if images.dtype == torch.float32 and images.device.type == "cpu":
             arrays = tuple(map(frozen, params.arrays))
-            views: Tensor = views_gradient.RenderFloat.apply(images, arrays, self.size, self.blur_radius, split)
+            views: Tensor = gradient.RenderFloat.apply(images, arrays, self.size, self.blur_radius, split)
             return views
-        return views_torch.apply(images, *params.arrays, size=self.size, blur_radius=self.blur_radius)
+        return batched.apply(images, *params.arrays, size=self.size, blur_radius=self.blur_radius)
 
 
 def check_shape(images: tuple[int, ...], rows: tuple[int, ...], params: ViewParameters) -> None:

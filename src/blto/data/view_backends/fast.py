@@ -168,7 +168,7 @@ def clip(x: Any) -> Any:
 
 @kernel(relaxed=True)
 def shift_hue(r: Array, g: Array, b: Array, factor: Any) -> None:
-    """Turn the hue by `factor` of the circle: HSV there and back without a division (see `views_torch.shift_hue`)."""
+    """Turn the hue by `factor` of the circle: HSV there and back without a division (see `batched.shift_hue`)."""
     zero, two, four = np.float32(0.0), np.float32(2.0), np.float32(4.0)
     turn = np.float32(6.0) * factor
     for i in range(r.shape[0]):
@@ -207,16 +207,22 @@ def blend(r: Array, g: Array, b: Array, op: int, factor: Any) -> None:
         r[i], g[i], b[i] = clip(factor * r[i] + other), clip(factor * g[i] + other), clip(factor * b[i] + other)
 
 
-@kernel(relaxed=True)
-def blur(image: Array, sigma: float, radius: int, padded: Array) -> None:
-    """Gaussian blur of one channel (S, S) in place; the border is reflected, as in torchvision."""
-    size = image.shape[0]
+@kernel()
+def blur_weights(sigma: float, radius: int) -> Array:
+    """(radius + 1,) weights of a Gaussian at the distances 0 to `radius`; both sides together sum to 1."""
     weights = np.empty(radius + 1, np.float32)
     total = 1.0
     for k in range(1, radius + 1):
         total += 2.0 * math.exp(-0.5 * (k / sigma) ** 2)
     for k in range(radius + 1):
         weights[k] = math.exp(-0.5 * (k / sigma) ** 2) / total
+    return weights
+
+
+@kernel(relaxed=True)
+def blur(image: Array, sigma: float, radius: int, padded: Array) -> None:
+    """Gaussian blur of one channel (S, S) in place; the border is reflected, as in torchvision."""
+    size, weights = image.shape[0], blur_weights(sigma, radius)
     for _axis in range(2):
         for j in range(size):  # blurs along lines and writes them as columns: twice makes both axes
             for i in range(size):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blto.data.views_numba import CONTRAST, HUE, SATURATION
+from blto.data.view_backends.fast import CONTRAST, HUE, SATURATION
 
 Array = np.ndarray[Any, Any]
 

@@ -1,7 +1,7 @@
 """The differentiable views on a CPU: the fast back end's kernels on float images, and their pullback.
 
 Each sample is rendered step by step; the way back renders it again, keeps what every step started from, and takes the
-steps' adjoints in reverse. Ten times as fast as the same formulas as batched torch operations (`views_torch`), which
+steps' adjoints in reverse. Ten times as fast as the same formulas as batched torch operations (`batched`), which
 it is tested against and which remain for other devices, float64 and second derivatives.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from blto.data.views_numba import (
+from blto.data.view_backends.fast import (
     CONTRAST,
     HUE,
     SATURATION,
@@ -24,6 +24,7 @@ from blto.data.views_numba import (
     Arrays,
     blend,
     blur,
+    blur_weights,
     kernel,
     luma,
     shift_hue,
@@ -153,13 +154,7 @@ def shift_hue_adjoint(before: Array, gradient: Array, factor: Any) -> None:
 @kernel(relaxed=True)
 def blur_adjoint(gradient: Array, sigma: float, radius: int, padded: Array) -> None:
     """The adjoint of `blur` for one channel (S, S), in place."""
-    size = gradient.shape[0]
-    weights = np.empty(radius + 1, np.float32)
-    total = 1.0
-    for k in range(1, radius + 1):
-        total += 2.0 * math.exp(-0.5 * (k / sigma) ** 2)
-    for k in range(radius + 1):
-        weights[k] = math.exp(-0.5 * (k / sigma) ** 2) / total
+    size, weights = gradient.shape[0], blur_weights(sigma, radius)
     for _axis in range(2):
         for j in range(size):
             padded[:] = 0
