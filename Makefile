@@ -56,4 +56,5 @@ $(STAMP): constraints.txt pyproject.toml src/blto/models/native/kernels.cpp
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -f src/blto/models/native/_kernels*.so
 	find $(wildcard src tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -79,12 +79,11 @@ def lightly_step(width: int, *, bf16: bool) -> Callable[[list[Tensor]], None]:
 
 
 def lightly_as_shipped(images: ImageSet, width: int, batch_size: int, steps: int, workers: int = 0) -> Work:
-    """End to end: its loader, its transform, fp32. With workers, each turn starts them and one batch is not timed."""
-    step = lightly_step(width, bf16=False)
-    kept = loader(images, batch_size, 0)
+    """End to end: its loader, its transform, fp32. Workers live on between turns, and the batches that they have
+    made by the start of a turn are not charged to it."""
+    step, found = lightly_step(width, bf16=False), loader(images, batch_size, workers)
 
     def work() -> int:
-        found = kept if workers == 0 else loader(images, batch_size, workers)
         for _ in range(steps):
             step(next(found))
         return steps * batch_size

@@ -46,8 +46,9 @@ def speed_table(results: Path) -> str:
 def speed_row(part: dict[str, Any], ratio: dict[str, Any]) -> str:
     """One comparison; "no verdict" where too few rounds were undisturbed."""
     shown = f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if "ratio" in ratio else "no verdict"
-    ours, other = part["rates"]["ours"], part["rates"][ratio["other"]]
-    return f"| {part['title']}: ours / {ratio['other']} | {ours:,.0f} | {other:,.0f} | {shown} |"
+    rates = (part["rates"][name] for name in ("ours", ratio["other"]))
+    ours, other = ("-" if rate is None else f"{rate:,.0f}" for rate in rates)
+    return f"| {part['title']}: ours / {ratio['other']} | {ours} | {other} | {shown} |"
 
 
 def with_tables(readme: str, results: Path) -> str:

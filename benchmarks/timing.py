@@ -57,16 +57,17 @@ def matmul_rates() -> dict[str, float]:
     return rates
 
 
-def interleave(candidates: Mapping[str, Callable[[], int]], *, rounds: int, warmups: int = 1) -> dict[str, list[Turn]]:
-    """`rounds` rounds in which every candidate has one turn."""
-    for work in candidates.values():
-        for _ in range(warmups):
-            work()
+def interleave(candidates: Mapping[str, Callable[[], int]], *, rounds: int, pause: float = 0) -> dict[str, list[Turn]]:
+    """`rounds` rounds in which every candidate has one turn, after one that does not count.
+
+    `pause` seconds pass after each turn: what workers fetch ahead is then done before the next one's turn.
+    """
     turns: dict[str, list[Turn]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         for name, work in candidates.items():
             turns[name].append(take_turn(work))
-    return turns
+            time.sleep(pause)
+    return {name: of_name[1:] for name, of_name in turns.items()}
 
 
 def compare(turns: Mapping[str, list[Turn]], ours: str, other: str) -> dict[str, object]:
@@ -82,10 +83,10 @@ def compare(turns: Mapping[str, list[Turn]], ours: str, other: str) -> dict[str,
     return verdict
 
 
-def rate(turns: list[Turn]) -> float:
-    """Median images a second over the undisturbed turns, or over all where there are none."""
-    clean = [turn for turn in turns if turn.foreign <= FOREIGN_LIMIT] or turns
-    return statistics.median(turn.images / turn.seconds for turn in clean)
+def rate(turns: list[Turn]) -> float | None:
+    """Median images a second over the undisturbed turns; None where there are none."""
+    clean = [turn.images / turn.seconds for turn in turns if turn.foreign <= FOREIGN_LIMIT]
+    return statistics.median(clean) if clean else None
 
 
 def rows(turns: Mapping[str, list[Turn]]) -> dict[str, list[dict[str, float]]]:

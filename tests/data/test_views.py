@@ -188,10 +188,13 @@ def test_what_the_kernel_would_misread_is_refused(images: Array, rows: list[int]
         views.fast(images, np.array(rows), params)
 
 
+@pytest.mark.parametrize("colours", ["random", "gray"])  # where channels are equal, the gradient is shared
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("view", [0, 1])
-def test_the_compiled_gradient_is_that_of_the_batched_torch_operations(recipe: str, view: int) -> None:
+def test_the_compiled_gradient_is_that_of_the_batched_torch_operations(recipe: str, view: int, colours: str) -> None:
     images = torch.rand(48, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    if colours == "gray":
+        images = images[:, :1].expand(-1, 3, -1, -1).contiguous()
     weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
     views = Views(RECIPES[recipe], SIZE)
     params = views.draw(seed=5, epoch=1, samples=np.arange(48), view=view)

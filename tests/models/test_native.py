@@ -189,6 +189,13 @@ def test_what_the_kernels_do_not_fit_goes_through_torch() -> None:
     assert not resnet.supports(net, images.to("meta"))
     assert not resnet.supports(ResNet((1, 1), (24, 48), 1), images)
     assert not resnet.supports(nn.Identity(), images)
+    assert not resnet.supports(net, images[:, :1])
+    assert not resnet.supports(copy.deepcopy(net).double(), images)
+
+    class Other(ResNet):
+        pass
+
+    assert not resnet.supports(Other((1, 1), (32, 64), 1), images)
 
 
 def test_a_processor_without_amx_takes_the_plain_path_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,3 +236,39 @@ def test_batch_norm_from_sums_is_torchs_with_its_gradients_and_statistics() -> N
         assert torch.allclose(one, two)
     for one, two in zip(other.buffers(), norm.buffers(), strict=True):
         assert torch.allclose(one, two)
+
+
+@needs_kernels
+@pytest.mark.parametrize("part", ["stem.0", "stages.0.conv1", "stages.0.conv2"])
+def test_nan_in_a_weight_reaches_the_features(part: str) -> None:
+    _, _, native = nets((32, 64), 2)
+    nn.init.constant_(native.backbone.get_submodule(part).get_parameter("weight"), torch.nan)
+    assert native(torch.rand(32, 3, 16, 16)).isnan().all()
+
+
+@needs_kernels
+def test_a_norm_trains_where_everything_before_it_is_frozen() -> None:
+    exact, _, native = nets((32, 64), 2)
+    images, weights = torch.rand(64, 3, 16, 16), torch.randn(64, 64)
+    for net, given in ((exact, images.double()), (native, images)):
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_("stages.0.bn1" in name)
+        (net(given) * weights).sum().backward()
+    wanted, found = (net.get_parameter("backbone.stages.0.bn1.weight").grad for net in (exact, native))
+    assert wanted is not None
+    assert found is not None
+    assert error(found, wanted) < 0.3
+
+
+@needs_kernels
+def test_a_gradient_that_has_to_be_copied_first_outlives_the_copy() -> None:
+    _, _, native = nets((32, 64), 2)
+    images = torch.rand(1024, 3, 16, 16)
+    found = []
+    for d_out in (torch.ones(()).expand(1024, 64), torch.ones(1024, 64)):
+        native.zero_grad()
+        native(images).backward(d_out)
+        found.append(native.get_parameter("backbone.stem.0.weight").grad)
+    assert found[0] is not None
+    assert found[1] is not None
+    assert torch.equal(found[0], found[1])

@@ -69,7 +69,7 @@ def optimise_trigger(
         seed,
         frozen,
         images.content_hash,
-        run.surrogate.precision,
+        run.surrogate.arithmetic,
     ]
     kept = _Kept(run, surroundings.folder, sha256_bytes(canonical_json(inputs)))
     bar = surroundings.progress.bar("learn the trigger", run.total_steps)

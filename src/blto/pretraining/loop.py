@@ -25,7 +25,7 @@ from blto.pretraining import METHODS
 from blto.pretraining.checkpoint import load_checkpoint, restore_trainer, save_checkpoint, trainer_state
 from blto.pretraining.method import SSLMethod
 from blto.pretraining.spec import PretrainingSpec, RecipeSpec
-from blto.pretraining.trainer import Trainer
+from blto.pretraining.trainer import Trainer, plain
 from blto.runtime.interrupts import stop_requests
 from blto.runtime.progress import SILENT, Progress
 from blto.runtime.seeds import numpy_generator, seeded, stream_seed
@@ -75,7 +75,7 @@ def observe(observers: Sequence[Observer], encoder: Encoder, epoch: int) -> dict
     values: dict[str, float] = {}
     was_training = encoder.training
     encoder.eval()
-    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+    with plain(encoder), torch.inference_mode(), torch.random.fork_rng(devices=[]):
         for observer in observers:
             values.update(observer(encoder, epoch))
     encoder.train(was_training)
@@ -153,6 +153,7 @@ def pretrain(
                     signal_number=stop.signal_number,
                 )
     run.save()
+    trainer.method.encoder.native = False  # whoever extracts features says in which precision
     return Pretrained(trainer.method.encoder.eval(), run.trajectory)
 
 
@@ -181,7 +182,7 @@ class _Run:
         self._order_epoch = -1
         self._saved_at = time.monotonic()
         inputs = {"spec": spec.model_dump(mode="json"), "seed": seed, "data": images.content_hash}
-        inputs["precision"] = trainer.precision  # "auto" may be another one on the machine that goes on
+        inputs["arithmetic"] = trainer.arithmetic  # the machine that goes on may have another
         self.identity = sha256_bytes(canonical_json(inputs))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ class SSLMethod(nn.Module, ABC):
     """
 
     encoder: Encoder
+    views_per_pass: ClassVar[int] = 1
+    """How many views of the batch go through the encoder at once."""
 
     @abstractmethod
     def losses(self, views: Sequence[Tensor]) -> dict[str, Tensor]:

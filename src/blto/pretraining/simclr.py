@@ -39,6 +39,7 @@ class SimCLR(SSLMethod):
         output_dim: size of the embeddings.
     """
 
+    views_per_pass = 2
     card = Card("SimCLR", "contrasts two views of an image with all others of the batch", "arXiv 2002.05709", 2020)
 
     def __init__(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from blto.models import BACKBONES
 from blto.models.encoder import Encoder
 from blto.models.native import resnet
 from blto.models.native.library import find_kernels
+from blto.pretraining import METHODS
 from blto.pretraining.method import SSLMethod
 from blto.pretraining.spec import Engine, OptimizerSpec, RecipeSpec
 from blto.runtime.device import Precision, fabric, processor_name, resolve_device, resolve_precision
@@ -60,8 +62,11 @@ def arithmetic(spec: RecipeSpec, device: str, image_size: int) -> dict[str, str]
     engine = "plain torch"
     if spec.engine == "fast" and precision == "bf16" and device == "cpu":
         kernels, engine = find_kernels()
-        batch = torch.empty(spec.batch_size, 3, image_size, image_size)
-        if kernels is not None and not resnet.supports(BACKBONES.build(spec.backbone), batch):
+        views = METHODS.get(spec.method["name"]).views_per_pass  # type: ignore[attr-defined]  # of the class
+        batch = torch.empty(views * spec.batch_size, 3, image_size, image_size)
+        with torch.random.fork_rng(devices=[]):
+            backbone = BACKBONES.build(spec.backbone)
+        if kernels is not None and not resnet.supports(backbone, batch):
             engine = "plain torch: the AMX kernels do not fit this backbone, batch or image size"
     return {
         "device": device,
@@ -69,6 +74,16 @@ def arithmetic(spec: RecipeSpec, device: str, image_size: int) -> dict[str, str]
         "precision": precision,
         "engine": engine,
     }
+
+
+@contextmanager
+def plain(encoder: Encoder) -> Iterator[None]:
+    """The encoder as others will meet it: without the native kernels, whose activations are bf16."""
+    native, encoder.native = encoder.native, False
+    try:
+        yield
+    finally:
+        encoder.native = native
 
 
 class Trainer:
@@ -84,6 +99,7 @@ class Trainer:
 
     Attributes:
         precision: in which it trains, "fp32" or "bf16".
+        arithmetic: the precision, and whether the native kernels are at hand, in words: what rounding depends on.
         step: optimiser steps done.
         first_bad_step: on the device, the first step (from 0) whose loss was NaN or Inf, or -1. Reading it
             synchronises, so the loop does that now and then only.
@@ -102,11 +118,13 @@ class Trainer:
     ) -> None:
         device = resolve_device(device)
         self.precision = training_precision(precision, engine, device)
+        fast = engine == "fast" and self.precision == "bf16"
+        self.arithmetic = f"{self.precision}, {find_kernels()[1] if fast and device == 'cpu' else 'plain torch'}"
         self.fabric = fabric(device, self.precision)
         method.encoder.to(memory_format=torch.channels_last)
         for part in method.modules():
             if isinstance(part, Encoder):
-                part.native = engine == "fast" and self.precision == "bf16"
+                part.native = fast
         self.method = method
         self._wrapped, self.optimizer = self.fabric.setup(method, build_optimizer(optimizer, method))
         self._peak = optimizer.lr

@@ -81,6 +81,7 @@ def fabric(device: str = "auto", precision: Precision = "auto") -> Fabric:
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on standard error
     device = resolve_device(device)
-    keep_freed_memory()
+    if device == "cpu":
+        keep_freed_memory()
     mode = "bf16-mixed" if resolve_precision(precision, device) == "bf16" else "32-true"
     return Fabric(accelerator=device, devices=1, precision=mode)

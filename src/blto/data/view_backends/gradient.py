@@ -116,9 +116,8 @@ def shift_hue_adjoint(before: Array, gradient: Array, factor: Any) -> None:
     for i in range(before.shape[1]):
         x, y, z = before[0, i], before[1, i], before[2, i]
         highest = 0 if x >= y and x >= z else (1 if y >= z else 2)
-        lowest = 2 if z <= x and z <= y else (1 if y <= x else 0)
-        top = before[highest, i]
-        chroma = top - before[lowest, i]
+        top, bottom = before[highest, i], min(min(x, y), z)
+        chroma = top - bottom
         within = y - z if highest == 0 else (z - x if highest == 1 else x - y)
         turn = two * np.float32(highest) + six * factor
         d_top = d_chroma = d_within = np.float32(0.0)
@@ -144,9 +143,14 @@ def shift_hue_adjoint(before: Array, gradient: Array, factor: Any) -> None:
                 d_chroma -= six * around * g
             d_within += d_offset
             d_chroma += d_offset * (turn - opposites[c])
-        gradient[0, i] = gradient[1, i] = gradient[2, i] = np.float32(0.0)
-        gradient[highest, i] += d_top + d_chroma
-        gradient[lowest, i] -= d_chroma
+        at_top = at_bottom = np.float32(0.0)
+        for c in range(3):  # ties share alike, as torch's amax and amin have it: gray pixels are common
+            at_top += before[c, i] == top
+            at_bottom += before[c, i] == bottom
+        for c in range(3):
+            gradient[c, i] = (d_top + d_chroma) / at_top if before[c, i] == top else np.float32(0.0)
+            if before[c, i] == bottom:
+                gradient[c, i] -= d_chroma / at_bottom
         gradient[(highest + 1) % 3, i] += d_within
         gradient[(highest + 2) % 3, i] -= d_within
 

@@ -88,6 +88,9 @@ inline void transpose(__m512i r[16]) {
   }
 }
 
+// NaN stays NaN: the instruction returns its second operand where either is.
+inline __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+
 inline __m512i load(const bf16* p) { return _mm512_loadu_si512(p); }
 inline void store(bf16* p, __m512i v) { _mm512_storeu_si512(p, v); }
 
@@ -143,7 +146,6 @@ struct Affine {  // per channel; null scale: the operand is taken as it is
 // relu(scale * y + shift) of one block, four channel pairs at a time.
 void activate_block(const bf16* y, Affine affine, int pixels, int channels, bf16* out) {
   const int half = channels / 2;
-  const __m512 zero = _mm512_setzero_ps();
   for (int c = 0; c < half; c += STRIP) {
     __m512 scale[2 * STRIP], shift[2 * STRIP];
     for (int i = 0; i < 2 * STRIP; ++i) {
@@ -154,8 +156,8 @@ void activate_block(const bf16* y, Affine affine, int pixels, int channels, bf16
       for (int i = 0; i < STRIP; ++i) {
         const size_t at = (size_t(row) * half + c + i) * ROW;
         const __m512i v = load(y + at);
-        store(out + at, pack(_mm512_max_ps(_mm512_fmadd_ps(low(v), scale[2 * i], shift[2 * i]), zero),
-                             _mm512_max_ps(_mm512_fmadd_ps(high(v), scale[2 * i + 1], shift[2 * i + 1]), zero)));
+        store(out + at, pack(relu(_mm512_fmadd_ps(low(v), scale[2 * i], shift[2 * i])),
+                             relu(_mm512_fmadd_ps(high(v), scale[2 * i + 1], shift[2 * i + 1]))));
       }
   }
 }
@@ -163,7 +165,6 @@ void activate_block(const bf16* y, Affine affine, int pixels, int channels, bf16
 // The same operand with images in a row: out[pixel][channel][32 images]. Null scale: no activation.
 void images_in_rows(const bf16* y, Affine affine, int pixels, int channels, bf16* out) {
   const int half = channels / 2;
-  const __m512 zero = _mm512_setzero_ps();
   for (int p = 0; p < pixels; ++p) {
     const bf16* source = y + size_t(p) * channels * BLOCK;
     bf16* target = out + size_t(p) * channels * BLOCK;
@@ -173,8 +174,7 @@ void images_in_rows(const bf16* y, Affine affine, int pixels, int channels, bf16
         const __m512 s0 = _mm512_set1_ps(affine.scale[2 * c]), s1 = _mm512_set1_ps(affine.scale[2 * c + 1]);
         const __m512 b0 = _mm512_set1_ps(affine.shift[2 * c]), b1 = _mm512_set1_ps(affine.shift[2 * c + 1]);
         for (__m512i& g : v)
-          g = pack(_mm512_max_ps(_mm512_fmadd_ps(low(g), s0, b0), zero),
-                   _mm512_max_ps(_mm512_fmadd_ps(high(g), s1, b1), zero));
+          g = pack(relu(_mm512_fmadd_ps(low(g), s0, b0)), relu(_mm512_fmadd_ps(high(g), s1, b1)));
       }
       store(target + (2 * c) * BLOCK, even_images(v[0], v[1]));
       store(target + (2 * c + 1) * BLOCK, odd_images(v[0], v[1]));
@@ -480,6 +480,9 @@ size_t packed_size(int taps, int inputs, int outputs) {
 
 extern "C" {
 
+// The version of the entry points below; `library.py` refuses a library that was built from another one.
+int blto_abi() { return 2; }
+
 // Ask the kernel for the tile registers. 0: granted.
 int blto_request_amx() { return int(syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */)); }
 
@@ -671,7 +674,6 @@ void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const 
 void blto_merge_forward(const bf16* y, const float* scale, const float* shift, const bf16* residual,
                         const float* scale_r, const float* shift_r, int blocks, int pixels, int channels, bf16* out) {
   const int half = channels / 2;
-  const __m512 zero = _mm512_setzero_ps();
 #pragma omp parallel for schedule(static)
   for (int row = 0; row < blocks * pixels * 2; ++row)
     for (int c = 0; c < half; ++c) {
@@ -689,7 +691,7 @@ void blto_merge_forward(const bf16* y, const float* scale, const float* shift, c
           z0 = _mm512_add_ps(z0, low(r)), z1 = _mm512_add_ps(z1, high(r));
         }
       }
-      store(out + at, pack(_mm512_max_ps(z0, zero), _mm512_max_ps(z1, zero)));
+      store(out + at, pack(relu(z0), relu(z1)));
     }
 }
 
@@ -698,7 +700,7 @@ void blto_merge_forward(const bf16* y, const float* scale, const float* shift, c
 void blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const float* scale, const bf16* residual,
                          const float* scale_r, int blocks, int pixels, int channels, bf16* dy, bf16* dr, float* sums) {
   const int half = channels / 2;
-  const __m512i nothing = _mm512_setzero_si512();
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
 #pragma omp parallel
   {
     static thread_local Scratch memory;  // running sums of [scale, scale_r, shift][channel][16 images]
@@ -714,8 +716,8 @@ void blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const
         for (int c = 0; c < half; ++c) {
           const size_t at = ((size_t(b) * pixels * 2 + row) * half + c) * ROW;
           const int k = 2 * c;
-          // out is never negative, so it is positive where its bits are not zero
-          const __mmask32 positive = _mm512_cmpneq_epi16_mask(load(out + at), nothing);
+          // out is never below zero, so it is positive where its magnitude is not zero
+          const __mmask32 positive = _mm512_test_epi16_mask(load(out + at), magnitude);
           const __m512i g = _mm512_maskz_mov_epi16(positive, load(dout + at)), v = load(y + at);
           const __m512 g0 = low(g), g1 = high(g);
           add(0, k, _mm512_mul_ps(g0, low(v))), add(0, k + 1, _mm512_mul_ps(g1, high(v)));

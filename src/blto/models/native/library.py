@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+ABI = 2
+"""Of `kernels.cpp`: raised there and here when an entry point's arguments change."""
+
 ENTRY_POINTS = (
     "blto_pack_images",
     "blto_pack_images_backward",
@@ -38,6 +41,8 @@ def find_kernels() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"plain torch: the AMX kernels do not load ({error})"
+    if getattr(library, "blto_abi", int)() != ABI:
+        return None, "plain torch: the AMX kernels are of another version; install blto again"
     if library.blto_request_amx() != 0:
         return None, "plain torch: the system does not grant AMX"
     for name in ENTRY_POINTS:

@@ -118,7 +118,8 @@ class _Convolution(torch.autograd.Function):
         place, inputs, blocks = ctx.place, ctx.inputs, len(x)
         dy, extra = dy.contiguous(), None if extra is None else extra.contiguous()
         d1, d2 = (None, None) if d_sums is None else d_sums.contiguous()
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        wanted = any(ctx.needs_input_grad[:3])  # the gradients of scale and shift are by-products of dx
+        dx = torch.empty_like(x) if wanted else None
         dw = torch.empty_like(weight) if ctx.needs_input_grad[3] else None
         d_affine = torch.empty(2, blocks, inputs)
         kernels().blto_conv_backward(
@@ -127,7 +128,7 @@ class _Convolution(torch.autograd.Function):
             *(blocks, place.in_pixels, place.out_pixels, place.taps, inputs, len(weight)),
             *map(_pointer, (extra, dx, d_affine, dw)),
         )
-        d_scale, d_shift = d_affine.sum(dim=1) if scale is not None else (None, None)
+        d_scale, d_shift = d_affine.sum(dim=1) if scale is not None and wanted else (None, None)
         return dx, d_scale, d_shift, dw, None
 
 
@@ -148,7 +149,7 @@ class _PackImages(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (inverse_std,) = ctx.saved_tensors
-        out = torch.empty(ctx.shape, memory_format=torch.channels_last)
+        out, dy = torch.empty(ctx.shape, memory_format=torch.channels_last), dy.contiguous()
         blocks, pixels = dy.shape[:2]
         kernels().blto_pack_images_backward(*map(_pointer, (dy, inverse_std)), blocks, pixels, _pointer(out))
         return out, None, None
@@ -204,7 +205,8 @@ class _Pool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Tensor:
         dx = torch.empty(ctx.shape, dtype=torch.bfloat16)
-        kernels().blto_pool_backward(_pointer(dout.float().contiguous()), *_shape(dx), _pointer(dx))
+        dout = dout.float().contiguous()  # named, so that it outlives the call
+        kernels().blto_pool_backward(_pointer(dout), *_shape(dx), _pointer(dx))
         return dx
 
 

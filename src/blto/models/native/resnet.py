@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from blto.models.backbones import BasicBlock, ResNet
+from blto.models.backbones import BasicBlock, ResNet, ResNet18, SmallResNet
 from blto.models.native import ops
 from blto.models.native.library import find_kernels
 
@@ -18,13 +19,21 @@ def supports(backbone: nn.Module, images: Tensor) -> bool:
     """
     return (
         isinstance(backbone, ResNet)
+        and type(backbone) in {ResNet, ResNet18, SmallResNet}  # a subclass may do something else
         and images.device.type == "cpu"
+        and images.shape[1] == 3
         and len(images) > 0
         and len(images) % ops.BLOCK == 0
         and images.shape[2] * images.shape[3] % 16 == 0
         and all(width == 16 or width % 32 == 0 for width in backbone.widths)
+        and all(_is_plain(tensor) for tensor in (*backbone.parameters(), *backbone.buffers()))
         and find_kernels()[0] is not None
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the kernels can read it: float32 on the CPU, or a counter."""
+    return tensor.device.type == "cpu" and tensor.dtype in {torch.float32, torch.int64}
 
 
 def features(backbone: ResNet, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
