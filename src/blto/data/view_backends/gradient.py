@@ -1,7 +1,7 @@
 """The differentiable views on a CPU: the fast back end's kernels on float images, and their pullback.
 
 Each sample is rendered step by step; the way back renders it again, keeps what every step started from, and takes the
-steps' adjoints in reverse. Ten times as fast as the same formulas as batched torch operations (`batched`), which
+steps' adjoints in reverse. Eight times as fast as the same formulas as batched torch operations (`batched`), which
 it is tested against and which remain for other devices, float64 and second derivatives.
 """
 
