@@ -30,8 +30,8 @@ def speed_table(results: Path) -> str:
     )
     lines += [
         "",
-        f"{machine['processor']}, {machine['threads']} threads, {engine['engine']}. Rates in images a second where nothing",
-        f"else is said. A 4096^3 matrix product before and after: {bf16} GFLOP/s in bf16, {fp32} in fp32.",
+        f"{machine['processor']}, {machine['threads']} threads, {engine['engine']}. Rates in images a second where",
+        f"nothing else is said. A 4096^3 matrix product before and after: {bf16} GFLOP/s in bf16, {fp32} in fp32.",
         *learning_lines(results / "equal_learning.json"),
     ]
     return "\n".join(lines)
@@ -43,7 +43,8 @@ def learning_lines(file: Path) -> list[str]:
     if found is None:
         return []
     return [
-        f"Equal learning: kNN accuracy of the fast engine minus that of plain torch in fp32 is {found['mean']:+.2f} points,",
+        "Equal learning: kNN accuracy of the fast engine minus that of plain torch in fp32 is "
+        f"{found['mean']:+.2f} points,",
         f"90% interval [{found['low']:+.2f}, {found['high']:+.2f}], {found['n']} paired seeds (`make bench-learning`).",
     ]
 
