@@ -420,7 +420,7 @@ def test_bombs_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "missing" in refusal(lambda: read_cifar(archive, "cifar100", "train"))
 
 
-@pytest.mark.parametrize("data", [b"", b"\x1f\x8b", b"x" * 1000, gzip.compress(b"x" * 5000)])
+@pytest.mark.parametrize("data", [b"", b"\x1f\x8b", b"x" * 1000, gzip.compress(b"x" * 5000, mtime=0)])
 def test_what_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar.gz").write_bytes(data)
     assert "a.tar.gz: " in refusal(lambda: read_cifar(tmp_path / "a.tar.gz", "cifar10", "train"))
