@@ -52,13 +52,13 @@ def training_with_workers(images: ImageSet, width: int, batch_size: int, steps: 
     return summary(f"ResNet-18 width {width}, batch {batch_size}", turns)
 
 
-def views(images: ImageSet, rounds: int) -> dict[str, Any]:
-    """Augmentation alone on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    turns = timing.interleave(peers.augmentation(images, 256), rounds=rounds)
+def views(images: ImageSet, threads: int, rounds: int) -> dict[str, Any]:
+    """Augmentation alone in one process; lightly's transform is PIL, which knows one thread only."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    return summary("augmentation alone, one process, one thread", turns)
+    turns = timing.interleave(peers.augmentation(images, 256), rounds=rounds)
+    torch.set_num_threads(before)
+    return summary(f"augmentation alone, one process, threads: {threads}", turns)
 
 
 def bilevel(images: ImageSet, rounds: int) -> dict[str, Any]:
@@ -143,7 +143,8 @@ def main() -> None:
         lambda: training_with_workers(train, 64, 64, 8, 3),
         lambda: training(train, 16, 256, 3, given.rounds),
         lambda: training_with_workers(train, 16, 256, 10, 3),
-        lambda: views(train, given.rounds),
+        lambda: views(train, 1, given.rounds),
+        lambda: views(train, 2, given.rounds),
         lambda: bilevel(train, given.rounds),
         lambda: features_and_knn(train, test, given.rounds),
     ):

@@ -61,27 +61,28 @@ class LightlySimCLR(nn.Module):
         return loss
 
 
-def lightly_step(width: int, *, bf16: bool) -> Callable[[list[Tensor]], None]:
+class LightlyStep:
     """A training step of lightly's model: fp32 as it ships, or bf16 autocast with channels-last."""
-    model = LightlySimCLR(width)
-    if bf16:
-        model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=6e-2, momentum=0.9, weight_decay=5e-4)
 
-    def step(views: list[Tensor]) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(views)
-        optimizer.zero_grad()
+    def __init__(self, width: int, *, bf16: bool) -> None:
+        self.model, self.bf16 = LightlySimCLR(width), bf16
+        if bf16:
+            self.model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=6e-2, momentum=0.9, weight_decay=5e-4)
+
+    def __call__(self, views: list[Tensor]) -> None:
+        """Take the step."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self.model(views)
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-
-    return step
+        self.optimizer.step()
 
 
 def lightly_as_shipped(images: ImageSet, width: int, batch_size: int, steps: int, workers: int = 0) -> Work:
     """End to end: its loader, its transform, fp32. Workers live on between turns, and the batches that they have
     made by the start of a turn are not charged to it."""
-    step, found = lightly_step(width, bf16=False), loader(images, batch_size, workers)
+    step, found = LightlyStep(width, bf16=False), loader(images, batch_size, workers)
 
     def work() -> int:
         for _ in range(steps):
@@ -108,7 +109,7 @@ class OurData:
 
 def lightly_on_our_data(images: ImageSet, width: int, batch_size: int, steps: int) -> Work:
     """Lightly's model and loss under bf16 autocast and channels-last, fed by our views."""
-    step, data = lightly_step(width, bf16=True), OurData(images, batch_size)
+    step, data = LightlyStep(width, bf16=True), OurData(images, batch_size)
 
     def work() -> int:
         for _ in range(steps):

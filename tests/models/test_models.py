@@ -34,6 +34,18 @@ def test_the_released_generator_has_the_layers_that_the_guide_describes() -> Non
     assert count(GENERATORS.build("resnet")) == stem + down + blocks + up + head
 
 
+@pytest.mark.parametrize(("blocks", "expected"), [(1, [1, 1, 1]), (2, [2, 2, 2]), ((1, 3, 2), [1, 3, 2])])
+def test_a_small_resnet_has_its_blocks_stage_by_stage(blocks: object, expected: list[int]) -> None:
+    net = BACKBONES.build({"name": "small_resnet", "widths": [4, 8, 12], "blocks": blocks})
+    widths = [block.conv2.out_channels for block in net.stages]
+    assert [widths.count(width) for width in (4, 8, 12)] == expected
+
+
+def test_blocks_that_do_not_fit_the_stages_are_refused() -> None:
+    with pytest.raises(ConfigError, match="blocks: 2 numbers for 3 stages"):
+        BACKBONES.build({"name": "small_resnet", "width": 4, "blocks": [1, 2]})
+
+
 @pytest.mark.parametrize("name", [*BACKBONES.names(), "timm/resnet10t", "torchvision/squeezenet1_1"])
 def test_an_encoder_pools_to_its_feature_dim(name: str) -> None:
     encoder = build_encoder(name, seed=0, image_size=64)

@@ -13,6 +13,7 @@ from blto.errors import ConfigError, nearest
 from blto.registry import Card
 
 Width = Annotated[int, Field(ge=4, le=2048)]
+Blocks = Annotated[int, Field(ge=1, le=8)]
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -86,8 +87,11 @@ class SmallResNet(ResNet):
     Args:
         width: channels of the first of three stages; then 2x and 4x.
         widths: channels of every stage, two to five of them, in place of `width`.
-        blocks: basic blocks a stage.
+        blocks: basic blocks a stage, one number for all or one for each.
         stem_stride: 2 halves the map at once (16x16 for 32x32 images), 1 keeps it.
+
+    Raises:
+        ConfigError: `blocks` and the widths differ in number.
     """
 
     card = Card("small ResNet", "residual net of few blocks for work on CPUs")
@@ -96,13 +100,17 @@ class SmallResNet(ResNet):
         self,
         *,
         width: Annotated[int, Field(ge=4, le=512)] = 32,
-        widths: Annotated[tuple[Annotated[int, Field(ge=4, le=2048)], ...], Field(min_length=2, max_length=5)]
-        | None = None,
-        blocks: Annotated[int, Field(ge=1, le=8)] = 1,
+        widths: Annotated[tuple[Width, ...], Field(min_length=2, max_length=5)] | None = None,
+        blocks: Blocks | tuple[Blocks, ...] = 1,
         stem_stride: Annotated[int, Field(ge=1, le=2)] = 2,
     ) -> None:
         channels = widths or (width, 2 * width, 4 * width)
-        super().__init__((blocks,) * len(channels), channels, stem_stride)
+        counts = blocks if isinstance(blocks, tuple) else (blocks,) * len(channels)
+        if len(counts) != len(channels):
+            raise ConfigError(
+                f"backbone.blocks: {len(counts)} numbers for {len(channels)} stages; give one for each, or one for all."
+            )
+        super().__init__(counts, channels, stem_stride)
 
 
 class LibraryBackbone:
