@@ -6,7 +6,8 @@ A meta tensor has no values, so `.item()`, `.cpu()`, `.numpy()`, `if tensor:` an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,11 +29,11 @@ OPTIMIZERS = ("sgd", "lars", "adamw")
 def _meta_is_a_device_to_train_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules move in place, so that the optimiser has what moved; autocast, unknown to the device, is left out."""
     autocast = torch.autocast
-    monkeypatch.setattr(
-        torch,
-        "autocast",
-        lambda kind, *given, **how: nullcontext() if kind == "meta" else autocast(kind, *given, **how),
-    )
+
+    def where_known(kind: str, *given: Any, **how: Any) -> AbstractContextManager[Any]:
+        return nullcontext() if kind == "meta" else autocast(kind, *given, **how)
+
+    monkeypatch.setattr(torch, "autocast", where_known)
     torch.__future__.set_swap_module_params_on_conversion(True)
     yield
     torch.__future__.set_swap_module_params_on_conversion(False)
