@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from blto.errors import ConfigError, Interrupted
 from blto.files import read_jsonl
@@ -117,7 +117,7 @@ def process(number: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (folder,), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
+    spawn(process, (folder,), nprocs=PROCESSES)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return folder
 
 

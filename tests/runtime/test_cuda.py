@@ -9,7 +9,8 @@ import torch
 from blto.data.view_source import DeviceViews, HostViews
 from blto.data.views import RECIPES
 from blto.pretraining import METHODS
-from blto.pretraining.loop import pretrain
+from blto.pretraining.loop import build_method, pretrain
+from blto.pretraining.trainer import Trainer
 from tests.factories import random_images, tiny_recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,9 +30,9 @@ def test_the_compiled_views_are_those_of_the_cpu(recipe: str) -> None:
 
 @pytest.mark.parametrize("engine", ["fast", "reference"])
 @pytest.mark.parametrize("method", METHODS.names())
-def test_a_gpu_trains_as_the_cpu_does(method: str, engine: str) -> None:
+def test_a_gpu_trains_as_the_cpu_does(method: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(method, engine=engine)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     on_gpu, on_cpu = (pretrain(IMAGES, recipe, seed=0, device=device).trajectory for device in ("cuda", "cpu"))
     assert [row["loss"] for row in on_gpu[1:]] == pytest.approx([row["loss"] for row in on_cpu[1:]], abs=0.02)
 
@@ -42,11 +43,16 @@ def test_bf16_trains_on_a_gpu() -> None:
     assert all(np.isfinite(row["loss"]) for row in rows[1:])
 
 
-def test_a_step_does_not_wait_for_the_gpu() -> None:
-    recipe = tiny_recipe(epochs=1, engine="reference")
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("method", METHODS.names())
+def test_neither_views_nor_step_wait_for_the_gpu(method: str, optimizer: str) -> None:
+    recipe = tiny_recipe(method, optimizer={"name": optimizer})
+    built = build_method(recipe, seed=0, image_size=16)
+    run = Trainer(built, optimizer=recipe.optimizer, total_steps=4, device="cuda", precision="fp32")
+    source, rows = DeviceViews(IMAGES.images, recipe.views, torch.device("cuda")), np.arange(8)
+    run.train_step(source(rows, seed=0, epoch=0))  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        source = DeviceViews(IMAGES.images, recipe.views, torch.device("cuda"))
-        source(np.arange(8), seed=0, epoch=0)
+        run.train_step(source(rows, seed=0, epoch=1))
     finally:
         torch.cuda.set_sync_debug_mode("default")

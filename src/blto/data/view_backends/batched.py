@@ -17,7 +17,7 @@ from torch import Tensor
 from blto.data.view_backends.fast import CONTRAST, HUE, SATURATION
 
 Array = np.ndarray[Any, Any]
-COLUMNS = (4, 1, 4, 4, 1, 1, 1)
+COLUMNS = [4, 1, 4, 4, 1, 1, 1]
 """Of each of the arrays of `ViewParameters`, once they are packed."""
 
 
@@ -41,7 +41,7 @@ def apply(images: Tensor, parameters: Tensor, *, size: int, blur_radius: int, bl
     with torch.autocast(images.device.type, enabled=False):
         x = images.to(kind)
         height, width = x.shape[2:]
-        box, flip, order, factors, gray, sigma, threshold = parameters.to(kind).split(COLUMNS, dim=1)
+        box, flip, order, factors, gray, sigma, threshold = torch.split(parameters.to(kind), COLUMNS, dim=1)
         y, left, h, w = box.unbind(1)
         down, across = resampling(y, h, height, size), resampling(left, w, width, size)
         across = torch.where(flip[:, :, None] > 0, across.flip(1), across)
