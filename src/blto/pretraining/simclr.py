@@ -28,8 +28,8 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     everyone, start = gather(embeddings), process_number() * len(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would round cosines to 1/256
         logits = (embeddings @ everyone.T) / temperature
-    logits.diagonal(start).fill_(-torch.inf)  # nothing is its own partner
-    partners = start + torch.arange(len(logits), device=logits.device).roll(len(first))
+    logits.detach().diagonal(start).fill_(-torch.inf)  # nothing is its own partner; no gradient comes from there
+    partners = torch.arange(start, start + len(logits), device=logits.device).roll(len(first))
     return F.cross_entropy(logits, partners)
 
 

@@ -78,7 +78,7 @@ def joined(module: nn.Module) -> nn.Module:
     if process_count() == 1:
         return module
     if next(module.parameters()).device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # torch's
     elif any(isinstance(part, _BatchNorm) for part in module.modules()):
         raise ConfigError(
             f"the net has batch norm, which {process_count()} processes on the CPU would each compute from a part of "
