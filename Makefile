@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-full bench-engine bench-learning lint clean
+.PHONY: help demo test test-full bench-engine bench-learning bench-gpu lint clean
 
 help:
 	@echo "make demo       learn a trigger, poison, pretrain and report, on embedded data"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-full  the tests that are minutes long"
 	@echo "make bench-engine    speed against lightly on CIFAR-10, about 20 minutes"
 	@echo "make bench-learning  does the fast engine learn as much as plain torch?, about 30 minutes"
+	@echo "make bench-gpu       speed on a GPU against lightly's model, about 15 minutes; needs no data"
 	@echo "make lint       ruff, mypy and the import layers alone"
 	@echo "make clean      remove .venv and every cache; runs/ stays"
 
@@ -33,6 +34,9 @@ test-full: $(STAMP)
 # Benchmarks need CIFAR-10 in BLTO_DATA and a quiet machine.
 bench-engine: $(STAMP)
 	$(BIN)/python -m benchmarks.engine
+
+bench-gpu:
+	benchmarks/gpu.sh
 
 bench-learning: $(STAMP)
 	$(BIN)/python -m benchmarks.equal_learning

@@ -96,13 +96,13 @@ def train_lightly(images: ImageSet) -> Snapshots:
     for number in count():
         if due and snapshots.seconds >= due[0]:
             due.pop(0)
-            snapshots.take(step.model.backbone)
+            snapshots.take(step.backbone)
         if number >= total or snapshots.seconds >= MINUTES * 60:
             break
         factor = learning_rate_factor(number, total_steps=total, warmup_steps=0)
         step.optimizer.param_groups[0]["lr"] = peak * factor
         step(next(data))
-    snapshots.take(step.model.backbone)
+    snapshots.take(step.backbone)
     return snapshots
 
 

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from blto.data.images import ImageSet
-from blto.data.views import Views, resolve_recipe
+from blto.data.view_source import view_source
+from blto.data.views import resolve_recipe
 from blto.pretraining.loop import batches, build_method
 from blto.pretraining.spec import PretrainingSpec
 from blto.pretraining.trainer import Trainer
+from blto.runtime.device import Precision, fabric
+from blto.runtime.distributed import joined, process_count, share
 
 Work = Callable[[], int]
 
@@ -52,7 +55,7 @@ class LightlySimCLR(nn.Module):
         resnet = ResNetGenerator("resnet-18", width=width / 64)
         self.backbone = nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
         self.head = SimCLRProjectionHead(8 * width, 512, 128)
-        self.criterion = NTXentLoss()
+        self.criterion = NTXentLoss(gather_distributed=process_count() > 1)
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """The loss."""
@@ -64,15 +67,17 @@ class LightlySimCLR(nn.Module):
 class LightlyStep:
     """A training step of lightly's model: fp32 as it ships, or bf16 autocast with channels-last."""
 
-    def __init__(self, width: int, *, bf16: bool) -> None:
-        self.model, self.bf16 = LightlySimCLR(width), bf16
+    def __init__(self, width: int, *, bf16: bool, device: str = "cpu") -> None:
+        model = LightlySimCLR(width)
         if bf16:
-            self.model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)
+        self.backbone, self.bf16, self.device = model.backbone, bf16, device
+        self.model = joined(model.to(fabric(device).device))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=6e-2, momentum=0.9, weight_decay=5e-4)
 
     def __call__(self, views: list[Tensor]) -> None:
         """Take the step."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             loss = self.model(views)
         self.optimizer.zero_grad()
         loss.backward()
@@ -95,21 +100,22 @@ def lightly_as_shipped(images: ImageSet, width: int, batch_size: int, steps: int
 class OurData:
     """Batches of two views as the pretraining loop draws them."""
 
-    def __init__(self, images: ImageSet, batch_size: int) -> None:
-        self.images, self.views = images, Views(resolve_recipe("simclr_cifar"), images.image_size)
+    def __init__(self, images: ImageSet, batch_size: int, device: str = "cpu") -> None:
+        self.views = view_source(images.images, resolve_recipe("simclr_cifar"), fabric(device).device)
         self.order = batches(len(images), batch_size, seed=0, epoch=0)
         self.step = 0
 
     def __next__(self) -> list[Tensor]:
-        rows = self.order[self.step % len(self.order)]
-        drawn = (self.views.draw(seed=0, epoch=self.step, samples=rows, view=view) for view in (0, 1))
+        rows = share(self.order[self.step % len(self.order)])
         self.step += 1
-        return [self.views.fast(self.images.images, rows, parameters) for parameters in drawn]
+        return self.views(rows, seed=0, epoch=self.step)
 
 
-def lightly_on_our_data(images: ImageSet, width: int, batch_size: int, steps: int) -> Work:
-    """Lightly's model and loss under bf16 autocast and channels-last, fed by our views."""
-    step, data = LightlyStep(width, bf16=True), OurData(images, batch_size)
+def lightly_on_our_data(
+    images: ImageSet, width: int, batch_size: int, steps: int, *, bf16: bool = True, device: str = "cpu"
+) -> Work:
+    """Lightly's model and loss, in bf16 under autocast and channels-last, fed by our views."""
+    step, data = LightlyStep(width, bf16=bf16, device=device), OurData(images, batch_size, device)
 
     def work() -> int:
         for _ in range(steps):
@@ -119,14 +125,23 @@ def lightly_on_our_data(images: ImageSet, width: int, batch_size: int, steps: in
     return work
 
 
-def ours(images: ImageSet, width: int, batch_size: int, steps: int) -> Work:
+def ours(
+    images: ImageSet, width: int, batch_size: int, steps: int, *, precision: Precision = "auto", device: str = "cpu"
+) -> Work:
     """End to end: our views and our trainer, on ResNet-18 of the same width."""
     spec = PretrainingSpec.model_validate(
         {"method": "simclr", "backbone": {"name": "resnet18", "width": width}, "batch_size": batch_size}
     )
     method = build_method(spec, seed=0, image_size=images.image_size)
-    trainer = Trainer(method, optimizer=spec.optimizer, total_steps=10**6)
-    data = OurData(images, batch_size)
+    trainer = Trainer(
+        method,
+        optimizer=spec.optimizer,
+        total_steps=10**6,
+        device=device,
+        precision=precision,
+        cuda_graphs=True,
+    )
+    data = OurData(images, batch_size, device)
 
     def work() -> int:
         for _ in range(steps):

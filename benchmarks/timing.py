@@ -70,12 +70,12 @@ def interleave(candidates: Mapping[str, Callable[[], int]], *, rounds: int, paus
     return {name: of_name[1:] for name, of_name in turns.items()}
 
 
-def compare(turns: Mapping[str, list[Turn]], ours: str, other: str) -> dict[str, object]:
+def compare(turns: Mapping[str, list[Turn]], ours: str, other: str, limit: float = FOREIGN_LIMIT) -> dict[str, object]:
     """The ratio of rates ours / other, round by round, over the rounds in which neither was disturbed."""
     pairs = [
         (mine.images / mine.seconds) / (theirs.images / theirs.seconds)
         for mine, theirs in zip(turns[ours], turns[other], strict=True)
-        if max(mine.foreign, theirs.foreign) <= FOREIGN_LIMIT
+        if max(mine.foreign, theirs.foreign) <= limit
     ]
     verdict: dict[str, object] = {"ours": ours, "other": other, "clean_rounds": len(pairs), "rounds": len(turns[ours])}
     if len(pairs) >= 3:
@@ -83,9 +83,9 @@ def compare(turns: Mapping[str, list[Turn]], ours: str, other: str) -> dict[str,
     return verdict
 
 
-def rate(turns: list[Turn]) -> float | None:
+def rate(turns: list[Turn], limit: float = FOREIGN_LIMIT) -> float | None:
     """Median images a second over the undisturbed turns; None where there are none."""
-    clean = [turn.images / turn.seconds for turn in turns if turn.foreign <= FOREIGN_LIMIT]
+    clean = [turn.images / turn.seconds for turn in turns if turn.foreign <= limit]
     return statistics.median(clean) if clean else None
 
 

@@ -36,6 +36,7 @@ from blto.pretraining.trainer import arithmetic
 from blto.records import RunRecord, RunStore, StageFolder
 from blto.registry import validate
 from blto.runtime.device import resolve_device
+from blto.runtime.distributed import require_one_process
 from blto.runtime.progress import SILENT, Progress
 from blto.runtime.seeds import numpy_generator
 
@@ -97,13 +98,20 @@ class ExperimentSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a run happens; apart from the device's arithmetic no result depends on it."""
+    """Where a run happens; apart from the device's arithmetic no result depends on it.
+
+    Raises:
+        ConfigError: it was started as several processes; `pretraining.loop.pretrain` alone is written for them.
+    """
 
     store: RunStore
     data_root: Path | None = None
     device: str = "auto"
     resume: bool = False
     progress: Progress = field(default=SILENT)
+
+    def __post_init__(self) -> None:
+        require_one_process("an experiment")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from blto.models.encoder import build_encoder
 from blto.pretraining import METHODS
 from blto.pretraining.byol import BYOL
 from blto.pretraining.method import SSLMethod
-from blto.pretraining.simclr import SimCLR
+from blto.pretraining.simclr import SimCLR, nt_xent
 from blto.pretraining.simsiam import SimSiam
 from tests.factories import TINY_BACKBONE, TINY_METHODS
 
@@ -51,6 +52,9 @@ def test_simclr_loss_is_nt_xent_by_hand_and_by_lightly(views: list[Tensor]) -> N
         first, second = method.project(method.encoder(torch.cat(views))).chunk(2)
     assert loss == pytest.approx(nt_xent_by_hand(first, second, 0.5), abs=1e-5)
     assert loss == pytest.approx(float(NTXentLoss(temperature=0.5)(first, second)), abs=1e-6)
+    pair = first.requires_grad_(), second.requires_grad_()
+    found, wanted = (torch.autograd.grad(f(*pair), pair) for f in (partial(nt_xent, temperature=0.5), NTXentLoss()))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_simsiam_loss_by_hand_and_no_gradient_through_the_target(views: list[Tensor]) -> None:

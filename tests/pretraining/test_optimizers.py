@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blto.models.encoder import Encoder, build_encoder
-from blto.pretraining import METHODS
+from blto.pretraining import METHODS, lars
 from blto.pretraining.byol import BYOL
 from blto.pretraining.loop import pretrain
 from blto.pretraining.method import SSLMethod
@@ -80,6 +80,24 @@ def test_three_steps_follow_the_formula(optimizer: OptimizerSpec, views: list[Te
                 direction = direction * ratio if optimizer.name == "lars" else direction
             velocity[name] = optimizer.momentum * velocity.get(name, torch.zeros(())) + direction
             torch.testing.assert_close(change, -rate * velocity[name], rtol=1e-3, atol=1e-6, msg=f"{name}, step {step}")
+
+
+def test_lars_is_lightly_s_also_where_a_norm_is_zero() -> None:
+    from lightly.utils.lars import LARS as LARS_OF_LIGHTLY
+
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(3, 4, 5, generator=generator), torch.randn(3, 3, 4, 5, generator=generator)
+    start[1], gradients[:, 2] = 0, 0
+    found = []
+    for optimizer in (lars.LARS, LARS_OF_LIGHTLY):
+        weights = [nn.Parameter(weight.clone()) for weight in start]
+        run = optimizer([{"params": weights, "weight_decay": 0.02}], lr=2.0, momentum=0.8)
+        for step in gradients:
+            for weight, gradient in zip(weights, step, strict=True):
+                weight.grad = gradient.clone()
+            run.step()
+        found.append(torch.stack([weight.detach() for weight in weights]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
 
 
 def test_lars_adapts_also_where_nothing_is_decayed(views: list[Tensor]) -> None:

@@ -30,6 +30,7 @@ from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
 from blto.pretraining.loop import batches, build_method
 from blto.pretraining.spec import OptimizerSpec, RecipeSpec
 from blto.pretraining.trainer import Trainer, learning_rate_factor
+from blto.runtime.distributed import require_one_process
 from blto.runtime.seeds import numpy_generator, stream_seed
 
 OUTER_STEPS_PER_BASIS = 50
@@ -123,6 +124,7 @@ class BilevelOptimisation:
         device: str = "auto",
         frozen: bool = False,
     ) -> None:
+        require_one_process("crafting a trigger")
         assert images.labels is not None  # checked by `plan_replacement` for every caller
         self.trigger, self.images, self.spec, self.seed, self.frozen = trigger, images, spec, seed, frozen
         self.device = device

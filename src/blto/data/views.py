@@ -262,7 +262,8 @@ class Views:
             arrays = tuple(map(frozen, params.arrays))
             views: Tensor = gradient.RenderFloat.apply(images, arrays, self.size, self.blur_radius, split)
             return views
-        return batched.apply(images, *params.arrays, size=self.size, blur_radius=self.blur_radius)
+        parameters, blurs = batched.pack(params.arrays).to(images.device), bool((params.blur_sigma > 0).any())
+        return batched.apply(images, parameters, size=self.size, blur_radius=self.blur_radius, blurs=blurs)
 
 
 def check_shape(images: tuple[int, ...], rows: tuple[int, ...], params: ViewParameters) -> None:

@@ -77,13 +77,14 @@ def load_checkpoint(path: Path, *, identity: str) -> tuple[State, Any]:
 
     Raises:
         InputRefused: the file is damaged.
-        Mismatch: it belongs to another recipe, seed or dataset, or was trained in another precision.
+        Mismatch: it belongs to another recipe, seed or dataset, or was trained in another precision or number of
+            processes.
     """
     arrays, metadata = read_safetensors(path)
     if metadata.get("identity") != identity:
         raise Mismatch(
             f"{path.name}: was written by another recipe, seed or dataset, or in another precision (auto depends on "
-            "the machine); restore the old settings, or start again without --resume."
+            "the machine) or number of processes; restore the old settings, or start again without --resume."
         )
     state = {name: torch.from_numpy(value) for name, value in arrays.items()}
     torch.set_rng_state(state.pop("random_state"))

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from blto.data.images import ImageSet
-from blto.data.views import Views
+from blto.data.view_source import view_source
 from blto.errors import ConfigError, Diverged, Interrupted
 from blto.files import append_jsonl, canonical_json, sha256_bytes
 from blto.models.encoder import Encoder, build_encoder
@@ -26,6 +25,7 @@ from blto.pretraining.checkpoint import load_checkpoint, restore_trainer, save_c
 from blto.pretraining.method import SSLMethod
 from blto.pretraining.spec import PretrainingSpec, RecipeSpec
 from blto.pretraining.trainer import Trainer, plain
+from blto.runtime.distributed import any_process, process_count, process_number, share
 from blto.runtime.interrupts import stop_requests
 from blto.runtime.progress import SILENT, Progress
 from blto.runtime.seeds import numpy_generator, seeded, stream_seed
@@ -98,6 +98,10 @@ def pretrain(
 ) -> Pretrained:
     """Train an encoder on unlabeled images.
 
+    In a process group (`runtime.distributed`) every process calls this with the same arguments and gets the same
+    encoder. Each takes its part of every batch. All read the checkpoint; only the first one writes, asks the observers
+    and reports progress.
+
     Args:
         images: the training set; must carry no labels, so that a victim cannot even see one.
         spec: method, backbone, views, schedule.
@@ -112,7 +116,7 @@ def pretrain(
 
     Raises:
         ValueError: the images carry labels.
-        ConfigError: fewer images than one batch.
+        ConfigError: fewer images than one batch, or a batch that the processes cannot share.
         Diverged: the loss became NaN or Inf.
         Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a folder.
         Mismatch: `resume` met a checkpoint of another recipe, seed, dataset or precision.
@@ -122,6 +126,11 @@ def pretrain(
     if len(images) < spec.batch_size:
         raise ConfigError(
             f"batch_size is {spec.batch_size}, but there are {len(images)} training images; give at most that many."
+        )
+    alone, first = process_count() == 1, process_number() == 0
+    if spec.batch_size % process_count():
+        raise ConfigError(
+            f"batch_size is {spec.batch_size}, which {process_count()} processes cannot share; give a multiple."
         )
     run_seed = stream_seed(seed, "pretrain")
     steps_per_epoch = len(images) // spec.batch_size
@@ -133,18 +142,21 @@ def pretrain(
         device=device,
         precision=spec.precision,
         engine=spec.engine,
+        cuda_graphs=True,
     )
     epochs = observed_epochs(spec.epochs, observations)
     run = _Run(images, spec, run_seed, trainer, folder, observers, epochs, checkpoint_seconds)
+    progress = progress if first else SILENT
     with seeded(run_seed), progress.bar(title, trainer.total_steps) as advance, stop_requests() as stop:
         if resume:
             run.restore()
         while trainer.step < trainer.total_steps:
             run.one_step(steps_per_epoch)
-            if trainer.step % STEPS_BETWEEN_CHECKS == 0 or trainer.step == trainer.total_steps:
+            at_check = trainer.step % STEPS_BETWEEN_CHECKS == 0 or trainer.step == trainer.total_steps
+            if at_check:
                 run.check_and_log()
                 advance(trainer.step, f"loss {run.last_loss:.3f}")
-            if stop:
+            if (alone or at_check) and any_process(bool(stop), trainer.fabric.device):
                 run.check()
                 run.save()
                 kept = "its state is saved; run the same command with --resume" if folder else "nothing was kept"
@@ -172,9 +184,11 @@ class _Run:
         checkpoint_seconds: float,
     ) -> None:
         self.images, self.spec, self.seed, self.trainer = images, spec, seed, trainer
-        self.folder, self.observers, self.observed = folder, observers, observed
+        self.folder, self.observed = folder, observed
+        self.observers = observers if process_number() == 0 else ()
         self.checkpoint_seconds = checkpoint_seconds
-        self.views = Views(spec.views, images.image_size)
+        self.draw_views = view_source(images.images, spec.views, trainer.fabric.device)
+        self.writes = folder is not None and process_number() == 0
         self.trajectory: list[dict[str, float]] = []
         self.last_loss = float("nan")
         self._loss = torch.zeros(())
@@ -197,16 +211,10 @@ class _Run:
             self._order_epoch = epoch
         if self.trainer.step == 0:
             self._observe(0)
-        rows = self._order[batch]
-        self._loss = self.trainer.train_step(self.draw_views(rows, epoch))["loss"]
+        views = self.draw_views(share(self._order[batch]), seed=self.seed, epoch=epoch)
+        self._loss = self.trainer.train_step(views)["loss"]
         if batch == steps_per_epoch - 1:
             self._observe(epoch + 1)
-
-    def draw_views(self, rows: np.ndarray[Any, np.dtype[np.int64]], epoch: int) -> list[Tensor]:
-        """The two views of a batch, on the trainer's device."""
-        device = self.trainer.fabric.device
-        parameters = (self.views.draw(seed=self.seed, epoch=epoch, samples=rows, view=view) for view in (0, 1))
-        return [self.views.fast(self.images.images, rows, drawn).to(device) for drawn in parameters]
 
     def _observe(self, epoch: int) -> None:
         if epoch in self.observed:
@@ -237,7 +245,7 @@ class _Run:
 
     def save(self) -> None:
         """Checkpoint, unless a bad step has been taken: the last good one must survive."""
-        if self.checkpoint and int(self.trainer.first_bad_step) < 0:
+        if self.checkpoint and self.writes and int(self.trainer.first_bad_step) < 0:
             state = trainer_state(self.trainer)
             save_checkpoint(self.checkpoint, state, identity=self.identity, facts=self.trajectory)
             self._saved_at = time.monotonic()
@@ -250,5 +258,5 @@ class _Run:
             self._log({"event": "resumed", "step": self.trainer.step})
 
     def _log(self, line: dict[str, Any]) -> None:
-        if self.folder:
+        if self.folder and self.writes:
             append_jsonl(self.folder / "log.jsonl", line)

@@ -14,18 +14,22 @@ from torch import Tensor
 from blto.models.encoder import Encoder
 from blto.pretraining.method import SSLMethod
 from blto.registry import Card
+from blto.runtime.distributed import gather, process_number
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """The normalised temperature-scaled cross-entropy of two views' embeddings (B, d) each (equation 1).
 
-    Every embedding is to find the other view of its image among the 2B - 1 others by cosine similarity.
+    Every embedding is to find the other view of its image among the 2B - 1 others by cosine similarity. Where several
+    processes train together, the others are those of all processes and the mean is over this one's embeddings: the mean
+    of the processes' losses, and of their gradients, is that of one process with the whole batch.
     """
     embeddings = F.normalize(torch.cat((first, second)).float(), dim=1)
+    everyone, start = gather(embeddings), process_number() * len(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would round cosines to 1/256
-        logits = (embeddings @ embeddings.T) / temperature
-    logits.fill_diagonal_(-torch.inf)  # nothing is its own partner
-    partners = torch.arange(len(logits), device=logits.device).roll(len(first))
+        logits = (embeddings @ everyone.T) / temperature
+    logits.detach().diagonal(start).fill_(-torch.inf)  # nothing is its own partner; no gradient comes from there
+    partners = torch.arange(start, start + len(logits), device=logits.device).roll(len(first))
     return F.cross_entropy(logits, partners)
 
 

@@ -6,10 +6,9 @@ The victim's loop and BLTO's inner problem both call `Trainer.train_step`; there
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +18,20 @@ from blto.models.encoder import Encoder
 from blto.models.native import resnet
 from blto.models.native.library import find_kernels
 from blto.pretraining import METHODS
+from blto.pretraining.lars import LARS
 from blto.pretraining.method import SSLMethod
 from blto.pretraining.spec import Engine, OptimizerSpec, RecipeSpec
-from blto.runtime.device import Precision, fabric, processor_name, resolve_device, resolve_precision
+from blto.runtime.device import (
+    Precision,
+    fabric,
+    processor_name,
+    resolve_device,
+    resolve_precision,
+    with_cuda_graphs,
+)
+from blto.runtime.distributed import joined, mean_of_all, process_count
+
+GRAPHS = "torch.compile with CUDA graphs"
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
@@ -35,18 +45,15 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int) -> f
 def build_optimizer(spec: OptimizerSpec, method: SSLMethod) -> torch.optim.Optimizer:
     """The optimiser over the method's trainable parameters; one-dimensional ones (biases, norms) are not decayed."""
     parameters = [p for p in method.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": spec.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if spec.name == "adamw":
         return torch.optim.AdamW(groups, lr=spec.lr)
     if spec.name == "lars":
-        from lightly.utils.lars import LARS
-
-        groups[0]["weight_decay"] = spec.weight_decay or sys.float_info.min  # lightly adapts only what it decays
-        optimizer: torch.optim.Optimizer = LARS(groups, lr=spec.lr, momentum=spec.momentum)
-        return optimizer
+        groups[1]["adapt"] = False
+        return LARS(groups, lr=spec.lr, momentum=spec.momentum)
     return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
 
 
@@ -55,11 +62,16 @@ def training_precision(precision: Precision, engine: Engine, device: str) -> Lit
     return "fp32" if precision == "auto" and engine == "reference" else resolve_precision(precision, device)
 
 
+def uses_cuda_graphs(engine: Engine, device: str) -> bool:
+    """Whether a pretraining on "cpu" or "cuda" does: several processes talk to each other inside a pass."""
+    return engine == "fast" and device == "cuda" and process_count() == 1
+
+
 def arithmetic(spec: RecipeSpec, device: str, image_size: int) -> dict[str, str]:
     """What of a recipe's result depends on the machine: device, its model, the resolved precision, and the engine."""
     device = resolve_device(device)
     precision = training_precision(spec.precision, spec.engine, device)
-    engine = "plain torch"
+    engine = GRAPHS if uses_cuda_graphs(spec.engine, device) else "plain torch"
     if spec.engine == "fast" and precision == "bf16" and device == "cpu":
         kernels, engine = find_kernels()
         views = METHODS.get(spec.method["name"]).views_per_pass  # type: ignore[attr-defined]  # of the class
@@ -96,10 +108,17 @@ class Trainer:
         device, precision: as in `runtime.device`.
         engine: "fast" trains through the native kernels where they fit (a residual net, bf16, a CPU with AMX); every
             other step, and every step of "reference", is plain torch.
+        cuda_graphs: compile the passes and replay them as CUDA graphs, where the engine is fast, the device a GPU and
+            this the only process. Each net is compiled anew, so it is for one that is trained for long.
+
+    In a process group a step's views are this process's part of the batch, and weights and losses are the same in all.
+
+    Raises:
+        ConfigError: a net with batch norm in several processes on the CPU.
 
     Attributes:
         precision: in which it trains, "fp32" or "bf16".
-        arithmetic: the precision, and whether the native kernels are at hand, in words: what rounding depends on.
+        arithmetic: precision, engine and number of processes in words: what rounding depends on.
         step: optimiser steps done.
         first_bad_step: on the device, the first step (from 0) whose loss was NaN or Inf, or -1. Reading it
             synchronises, so the loop does that now and then only.
@@ -115,18 +134,23 @@ class Trainer:
         device: str = "auto",
         precision: Precision = "auto",
         engine: Engine = "fast",
+        cuda_graphs: bool = False,
     ) -> None:
         device = resolve_device(device)
         self.precision = training_precision(precision, engine, device)
-        fast = engine == "fast" and self.precision == "bf16"
-        self.arithmetic = f"{self.precision}, {find_kernels()[1] if fast and device == 'cpu' else 'plain torch'}"
+        native = engine == "fast" and self.precision == "bf16" and device == "cpu"
+        cuda_graphs = cuda_graphs and uses_cuda_graphs(engine, device)
         self.fabric = fabric(device, self.precision)
         method.encoder.to(memory_format=torch.channels_last)
         for part in method.modules():
             if isinstance(part, Encoder):
-                part.native = fast
-        self.method = method
-        self._wrapped, self.optimizer = self.fabric.setup(method, build_optimizer(optimizer, method))
+                part.native = native
+        self.method = method.to(self.fabric.device)
+        wrapped = with_cuda_graphs(method) if cuda_graphs else joined(method)
+        self._wrapped, self.optimizer = self.fabric.setup(wrapped, build_optimizer(optimizer, method))
+        words = find_kernels()[1] if native else GRAPHS if cuda_graphs else "plain torch"
+        processes = f", {process_count()} processes" if process_count() > 1 else ""
+        self.arithmetic = f"{self.precision}, {words}{processes}"
         self._peak = optimizer.lr
         self.total_steps, self.warmup_steps = total_steps, warmup_steps
         self.step = 0
@@ -144,7 +168,7 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.method.after_step(min(1.0, self.step / self.total_steps))
-        detached = {name: value.detach() for name, value in losses.items()}
+        detached = mean_of_all({name: value.detach().clone() for name, value in losses.items()})  # a replay reuses them
         is_first_bad = (self.first_bad_step < 0) & ~torch.isfinite(detached["loss"])
         self.first_bad_step = torch.where(is_first_bad, self.step - 1, self.first_bad_step)
         return detached

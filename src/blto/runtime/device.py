@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform
 import re
 from functools import cache, lru_cache
@@ -16,6 +17,7 @@ from blto.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from torch import nn
 
 Precision = Literal["auto", "fp32", "bf16"]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -76,7 +78,10 @@ def keep_freed_memory() -> None:
 
 @lru_cache(maxsize=8)
 def fabric(device: str = "auto", precision: Precision = "auto") -> Fabric:
-    """The Fabric that places modules, autocasts and runs backward passes. One per (device, precision)."""
+    """The Fabric that places modules, autocasts and runs backward passes. One per (device, precision).
+
+    Under torchrun, "cuda" is the GPU of this process.
+    """
     from lightning_fabric import Fabric
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision on standard error
@@ -84,4 +89,20 @@ def fabric(device: str = "auto", precision: Precision = "auto") -> Fabric:
     if device == "cpu":
         keep_freed_memory()
     mode = "bf16-mixed" if resolve_precision(precision, device) == "bf16" else "32-true"
-    return Fabric(accelerator=device, devices=1, precision=mode)
+    devices = [int(os.environ.get("LOCAL_RANK", 0))] if device == "cuda" else 1
+    return Fabric(accelerator=device, devices=devices, precision=mode)
+
+
+def with_cuda_graphs(module: nn.Module) -> nn.Module:
+    """The module with its forward and backward pass compiled and replayed as CUDA graphs; its tensors are shared.
+
+    What was compiled before is dropped: torch compiles a class only a few times and then, silently, no more.
+    """
+    torch.compiler.reset()
+    compiled: nn.Module = torch.compile(module, mode="reduce-overhead", dynamic=False)  # type: ignore[assignment]  # stays one
+    return compiled
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU; on any other device there is no limit of its own."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")

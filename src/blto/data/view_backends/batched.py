@@ -1,8 +1,9 @@
-"""The differentiable back end of the views: the fast one's formulas as batched torch operations.
+"""The back end for a GPU and for second derivatives: the fast one's formulas as batched torch operations.
 
 Crop, resize, flip and blur are linear and separable, so each is a product with one matrix per sample and axis. Unlike
 `grid_sample` this stays within the crop at its border as torchvision does, gives the image back exactly where nothing
-is resampled, and has a backward pass that is deterministic on a GPU.
+is resampled, and has a backward pass that is deterministic on a GPU. Every sample goes through every operation, so the
+shapes are the same for all batches, nothing is read on the host, and `torch.compile` makes a few kernels of it.
 """
 
 from __future__ import annotations
@@ -16,42 +17,40 @@ from torch import Tensor
 from blto.data.view_backends.fast import CONTRAST, HUE, SATURATION
 
 Array = np.ndarray[Any, Any]
+COLUMNS = [4, 1, 4, 4, 1, 1, 1]
+"""Of each of the arrays of `ViewParameters`, once they are packed."""
 
 
-def apply(
-    images: Tensor,
-    box: Array,
-    flip: Array,
-    order: Array,
-    factors: Array,
-    gray: Array,
-    blur_sigma: Array,
-    solarize_threshold: Array,
-    *,
-    size: int,
-    blur_radius: int,
-) -> Tensor:
-    """Views (B, 3, S, S) of float images (B, 3, H, W) in [0, 1]; the arrays are those of `ViewParameters`."""
+def pack(arrays: tuple[Array, ...]) -> Tensor:
+    """The arrays of `ViewParameters` as one float32 (B, 16), which holds all of them exactly."""
+    count = len(arrays[0])
+    return torch.from_numpy(np.concatenate([array.reshape(count, -1).astype(np.float32) for array in arrays], axis=1))
+
+
+def apply(images: Tensor, parameters: Tensor, *, size: int, blur_radius: int, blurs: bool) -> Tensor:
+    """Views (B, 3, S, S) of float images (B, 3, H, W) in [0, 1].
+
+    Args:
+        images: float64 stays, other types become float32.
+        parameters: of `pack`, on the images' device.
+        size: side S of the views.
+        blur_radius: half the width of the blur's kernel, in pixels.
+        blurs: whether any of the samples is blurred.
+    """
     kind = torch.float64 if images.dtype == torch.float64 else torch.float32
-
-    def tensor(array: Array) -> Tensor:
-        return torch.tensor(array, dtype=kind, device=images.device)
-
     with torch.autocast(images.device.type, enabled=False):
         x = images.to(kind)
         height, width = x.shape[2:]
-        down = resampling(tensor(box[:, 0]), tensor(box[:, 2]), height, size)
-        across = resampling(tensor(box[:, 1]), tensor(box[:, 3]), width, size)
-        across = torch.where(tensor(flip)[:, None, None] > 0, across.flip(1), across)
-        x = separable(x, down, across)
-        x = jitter(x, order, factors, tensor)
-        x = torch.where(tensor(gray)[:, None, None, None] > 0, luma(x), x)
-        blurred = np.flatnonzero(blur_sigma > 0)
-        if len(blurred):
-            matrix = tensor(blur_matrix(blur_sigma[blurred], blur_radius, size))
-            rows = torch.tensor(blurred, device=x.device)
-            x = x.index_copy(0, rows, separable(x[rows], matrix, matrix))
-        return torch.where(x >= tensor(solarize_threshold)[:, None, None, None], 1 - x, x)
+        box, flip, order, factors, gray, sigma, threshold = torch.split(parameters.to(kind), COLUMNS, dim=1)
+        y, left, h, w = box.unbind(1)
+        down, across = resampling(y, h, height, size), resampling(left, w, width, size)
+        across = torch.where(flip[:, :, None] > 0, across.flip(1), across)
+        x = jitter(separable(x, down, across), order.long(), factors)
+        x = torch.where(gray[:, :, None, None] > 0, luma(x), x)
+        if blurs:
+            matrix = blur_matrix(sigma, blur_radius, size)
+            x = separable(x, matrix, matrix)
+        return torch.where(x >= threshold[:, :, None, None], 1 - x, x)
 
 
 def resampling(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
@@ -73,27 +72,25 @@ def luma(x: Tensor) -> Tensor:
     return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
-def jitter(x: Tensor, order: Array, factors: Array, tensor: Any) -> Tensor:
+def jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     """Color jitter in each sample's own order: four rounds, in each of which every sample takes one step.
 
     Brightness, contrast and saturation are one blend whose other image is black, the mean gray value or the gray image;
-    the samples whose turn it is for hue are picked out.
+    hue is turned for all, and kept for those whose turn it is.
     """
     for step in range(4):
-        op = order[:, step]
-        factor = np.take_along_axis(factors, op[:, None].astype(np.int64), axis=1)[:, 0]
-        factor_blend = np.where(op == HUE, np.float32(1), factor)
+        op = order[:, step : step + 1]
+        factor = factors.gather(1, op)
+        is_hue = op == HUE
+        own = torch.where(is_hue, 1, factor)
         own, to_mean, to_gray = (
-            tensor(part)[:, None, None, None]
-            for part in (factor_blend, (1 - factor_blend) * (op == CONTRAST), (1 - factor_blend) * (op == SATURATION))
+            part[:, :, None, None] for part in (own, (1 - own) * (op == CONTRAST), (1 - own) * (op == SATURATION))
         )
         gray = luma(x)
         mean = gray.mean(dim=(1, 2, 3), keepdim=True)
         x = (own * x + to_mean * mean + to_gray * gray).clamp(0, 1)
-        turned = np.flatnonzero((op == HUE) & (factor != 0))
-        if len(turned):
-            rows = torch.tensor(turned, device=x.device)
-            x = x.index_copy(0, rows, shift_hue(x[rows], tensor(factor[turned])[:, None, None]))
+        turned = (is_hue & (factor != 0))[:, :, None, None]
+        x = torch.where(turned, shift_hue(x, factor[:, :, None]), x)
     return x
 
 
@@ -120,13 +117,13 @@ def shift_hue(x: Tensor, factor: Tensor) -> Tensor:
     return torch.stack(channels, dim=1).clamp(min=0)
 
 
-def blur_matrix(sigma: Array, radius: int, size: int) -> Array:
-    """(B, S, S) Gaussian blur along one axis, its border reflected."""
-    offsets = np.arange(-radius, radius + 1)
-    weights = np.exp(-0.5 * (offsets / sigma[:, None].astype(np.float64)) ** 2)
-    weights /= weights.sum(axis=1, keepdims=True)
-    taken = np.abs(np.arange(size)[:, None] + offsets)
-    taken = np.minimum(taken, 2 * (size - 1) - taken)
-    shifts = (taken[:, :, None] == np.arange(size)).astype(np.float64)  # (S, K, S)
-    matrix: Array = np.einsum("bk,iks->bis", weights, shifts)
-    return matrix
+def blur_matrix(sigma: Tensor, radius: int, size: int) -> Tensor:
+    """(B, S, S) Gaussian blur along one axis for `sigma` (B, 1), its border reflected; the identity where it is 0."""
+    offsets = torch.arange(-radius, radius + 1, device=sigma.device)
+    pixels = torch.arange(size, device=sigma.device)
+    weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)) ** 2)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    taken = (pixels[:, None] + offsets).abs()
+    taken = torch.minimum(taken, 2 * (size - 1) - taken)
+    shifts = (taken[:, :, None] == pixels).to(sigma.dtype)  # (S, K, S)
+    return torch.einsum("bk,iks->bis", weights, shifts)

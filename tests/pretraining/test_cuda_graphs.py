@@ -1,0 +1,53 @@
+"""The compiled step, on the CPU with a back end that traces and generates no code: one graph, and the same training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from blto.pretraining import METHODS, loop, trainer
+from blto.pretraining.spec import OptimizerSpec
+from blto.pretraining.trainer import GRAPHS, Trainer, uses_cuda_graphs
+from blto.runtime import distributed
+from tests.factories import tiny_recipe
+
+
+def losses(run: Trainer) -> list[float]:
+    generator = torch.Generator().manual_seed(1)
+    batches = [[torch.rand(8, 3, 16, 16, generator=generator) for _ in range(2)] for _ in range(2)]
+    return [float(run.train_step(views)["loss"]) for views in batches]
+
+
+def build(name: str, **how: Any) -> Trainer:
+    method = loop.build_method(tiny_recipe(name), seed=0, image_size=16)
+    return Trainer(method, optimizer=OptimizerSpec(), total_steps=4, device="cpu", precision="fp32", **how)
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_the_step_is_one_graph_that_trains_as_the_plain_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = build(name)
+    build(name)  # Fabric is here before `torch.compile` is patched: it wraps it on import
+    compiler, asked = torch.compile, []
+
+    def traced(module: Any, **how: Any) -> Any:
+        asked.append(how)
+        return compiler(module, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(trainer, "uses_cuda_graphs", lambda engine, device: True)
+    compiled = build(name, cuda_graphs=True)
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
+    assert asked[0] == {"mode": "reduce-overhead", "dynamic": False}
+    assert compiled.arithmetic == f"fp32, {GRAPHS}"
+    assert set(compiled.method.state_dict()) == set(plain.method.state_dict())
+
+
+def test_graphs_are_for_the_fast_engine_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert uses_cuda_graphs("fast", "cuda")
+    assert not uses_cuda_graphs("fast", "cpu")
+    assert not uses_cuda_graphs("reference", "cuda")
+    for module in (trainer, distributed):
+        monkeypatch.setattr(module, "process_count", lambda: 2)
+    assert not uses_cuda_graphs("fast", "cuda")
