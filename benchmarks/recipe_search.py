@@ -80,8 +80,9 @@ def train_and_judge(overrides: dict[str, Any], core_minutes: float, images: Imag
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`; mappings are merged, everything else replaced."""
-    both = {key: merged(base[key], changes[key]) for key in base.keys() & changes if isinstance(changes[key], dict)}
+    """`changes` over `base`; where both have a mapping these are merged, everything else is replaced."""
+    shared = {key: (base[key], changes[key]) for key in base.keys() & changes}
+    both = {key: merged(*pair) for key, pair in shared.items() if all(isinstance(value, dict) for value in pair)}
     return {**base, **changes, **both}
 
 
