@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from blto.data.images import ImageSet
 from blto.data.views import Views, resolve_recipe
-from blto.pretraining.loop import batches, build_method
+from blto.pretraining.loop import batch_rows, build_method
 from blto.pretraining.spec import PretrainingSpec
 from blto.pretraining.trainer import Trainer
 
@@ -96,12 +96,12 @@ class OurData:
 
     def __init__(self, images: ImageSet, batch_size: int) -> None:
         self.images, self.views = images, Views(resolve_recipe("simclr_cifar"), images.image_size)
-        self.order = batches(len(images), batch_size, seed=0, epoch=0)
-        self.step = 0
+        self.batch_size, self.step = batch_size, 0
 
     def __next__(self) -> list[Tensor]:
-        rows = self.order[self.step % len(self.order)]
-        drawn = (self.views.draw(seed=0, epoch=self.step, samples=rows, view=view) for view in (0, 1))
+        epoch, batch = divmod(self.step, len(self.images) // self.batch_size)
+        rows = batch_rows(len(self.images), self.batch_size, seed=0, epoch=epoch, batch=batch)
+        drawn = (self.views.draw(seed=0, epoch=epoch, samples=rows, view=view) for view in (0, 1))
         self.step += 1
         return [self.views.fast(self.images.images, rows, parameters) for parameters in drawn]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from blto.data.images import ImageSet
+from blto.data.order import Rows, permuted
 from blto.data.views import Views
 from blto.errors import ConfigError, Diverged, Interrupted
 from blto.files import append_jsonl, canonical_json, sha256_bytes
@@ -28,7 +28,7 @@ from blto.pretraining.spec import PretrainingSpec, RecipeSpec
 from blto.pretraining.trainer import Trainer, plain
 from blto.runtime.interrupts import stop_requests
 from blto.runtime.progress import SILENT, Progress
-from blto.runtime.seeds import numpy_generator, seeded, stream_seed
+from blto.runtime.seeds import seeded, stream_seed
 
 STEPS_BETWEEN_CHECKS = 50
 """How often the NaN flag and the loss are read from the device, and logged."""
@@ -57,11 +57,17 @@ def build_method(spec: RecipeSpec, *, seed: int, image_size: int) -> SSLMethod:
         return METHODS.build(spec.method, encoder)
 
 
-def batches(size: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """One epoch's order, (steps, batch_size) sample numbers: a function of (seed, epoch); the remainder is left out."""
-    order = numpy_generator(seed, "pretrain", "order", epoch).permutation(size)
-    steps = size // batch_size
-    return order[: steps * batch_size].reshape(steps, batch_size)
+def batch_rows(size: int, batch_size: int, *, seed: int, epoch: int, batch: int) -> Rows:
+    """The sample numbers of one batch, int64 (batch_size,): a part of the epoch's order, a function of (seed, epoch).
+
+    Args:
+        size: of the set; an epoch has size // batch_size whole batches, and the remainder is left out.
+        batch_size: images a batch.
+        seed, epoch: which order.
+        batch: which part of it, from 0.
+    """
+    key = stream_seed(seed, "pretrain", "order", epoch)
+    return permuted(batch * batch_size, (batch + 1) * batch_size, size=size, key=key)
 
 
 def observed_epochs(epochs: int, observations: int) -> frozenset[int]:
@@ -158,7 +164,7 @@ def pretrain(
 
 
 class _Run:
-    """The loop's state and its side effects: order, log, checkpoints, trajectory."""
+    """The loop's state and its side effects: log, checkpoints, trajectory."""
 
     def __init__(
         self,
@@ -178,8 +184,6 @@ class _Run:
         self.trajectory: list[dict[str, float]] = []
         self.last_loss = float("nan")
         self._loss = torch.zeros(())
-        self._order = np.empty((0, 0), dtype=np.int64)
-        self._order_epoch = -1
         self._saved_at = time.monotonic()
         inputs = {"spec": spec.model_dump(mode="json"), "seed": seed, "data": images.content_hash}
         inputs["arithmetic"] = trainer.arithmetic  # the machine that goes on may have another
@@ -192,17 +196,14 @@ class _Run:
     def one_step(self, steps_per_epoch: int) -> None:
         """Draw the batch of this step, train on it, and observe where an epoch begins or ends."""
         epoch, batch = divmod(self.trainer.step, steps_per_epoch)
-        if epoch != self._order_epoch:
-            self._order = batches(len(self.images), self.spec.batch_size, seed=self.seed, epoch=epoch)
-            self._order_epoch = epoch
         if self.trainer.step == 0:
             self._observe(0)
-        rows = self._order[batch]
+        rows = batch_rows(len(self.images), self.spec.batch_size, seed=self.seed, epoch=epoch, batch=batch)
         self._loss = self.trainer.train_step(self.draw_views(rows, epoch))["loss"]
         if batch == steps_per_epoch - 1:
             self._observe(epoch + 1)
 
-    def draw_views(self, rows: np.ndarray[Any, np.dtype[np.int64]], epoch: int) -> list[Tensor]:
+    def draw_views(self, rows: Rows, epoch: int) -> list[Tensor]:
         """The two views of a batch, on the trainer's device."""
         device = self.trainer.fabric.device
         parameters = (self.views.draw(seed=self.seed, epoch=epoch, samples=rows, view=view) for view in (0, 1))
