@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import blto
+from blto import experiment
 from blto.cli import main
+from blto.configuration import read_specs
 from blto.errors import ConfigError, Mismatch
+from blto.experiment import ExperimentSpec
 from blto.files import append_jsonl, read_jsonl, sha256_file
 from blto.files.yaml import dump_yaml
 from blto.models.encoder import Encoder
@@ -315,6 +318,38 @@ def test_every_command_is_a_function_with_the_same_arguments() -> None:
         allowed = {"demo": {"store", "data_root"}, "evaluate": {"resume"}}.get(name, set())
         assert given <= names, name
         assert names - given <= allowed, name
+
+
+@pytest.mark.parametrize("command", ["run", "craft", "poison", "pretrain", "demo"])
+def test_the_engine_of_the_command_line_is_that_of_victim_and_surrogate(
+    command: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No stage runs: what would be run is enough."""
+    asked: list[ExperimentSpec] = []
+
+    def stop(spec: ExperimentSpec, *_: object) -> None:
+        asked.append(spec)
+        raise ConfigError("seen.")
+
+    monkeypatch.setattr(experiment, "run_all", lambda specs, _: stop(specs[0]))
+    monkeypatch.setattr(experiment, "load_data", stop)
+    monkeypatch.setattr(experiment, "pretrain_stage", stop)
+    monkeypatch.chdir(tmp_path)
+    given = {"demo": [], "poison": [str(config), "--out", "p"]}.get(command, [str(config)])
+    for engine in ("fast", "reference"):
+        assert main([command, *given, "--engine", engine, "--quiet"]) == 2
+    engines = [(spec.pretraining.engine, spec.attack["bilevel"]["surrogate"]["engine"]) for spec in asked]
+    assert engines == [("fast", "fast"), ("reference", "reference")]
+
+
+def test_the_engine_overrules_the_configuration_of_every_attack_and_else_is_left_alone() -> None:
+    given = {**TINY_EXPERIMENT, "controls": ["clean", "untrained_generator", "frozen_surrogate"]}
+    given["pretraining"] = {**given["pretraining"], "engine": "reference"}
+    assert {spec.pretraining.engine for spec in read_specs(given, (), None)} == {"reference"}
+    specs = read_specs(given, (), None, "fast")
+    assert {spec.pretraining.engine for spec in specs} == {"fast"}
+    assert specs[0].run_id == read_specs(given, ["pretraining.engine=fast"], None)[0].run_id
+    assert [spec.attack["name"] for spec in specs] == ["blto", "clean", "untrained_generator", "frozen_surrogate"]
 
 
 def test_runs_are_kept_apart_by_their_spec(record: RunRecord) -> None:

@@ -31,7 +31,7 @@ from blto.outcome import ENCODER, TRIGGER, conclude
 from blto.poisoning import Budget, load_trigger, plan_replacement, save_trigger
 from blto.pretraining.loop import pretrain
 from blto.pretraining.snapshots import SnapshotObserver
-from blto.pretraining.spec import PretrainingSpec, component
+from blto.pretraining.spec import Engine, PretrainingSpec, component
 from blto.pretraining.trainer import arithmetic
 from blto.records import RunRecord, RunStore, StageFolder
 from blto.registry import validate
@@ -93,6 +93,16 @@ class ExperimentSpec(BaseModel):
         known = ATTACKS.schema(own["name"]).model_fields if own.get("name") in ATTACKS.names() else {}
         shared = {key: value for key, value in self.attack.items() if key in known}
         return self.parse({**self.model_dump(mode="json"), "attack": ATTACKS.resolve({**shared, **own}, where)})
+
+    def with_engine(self, engine: Engine) -> ExperimentSpec:
+        """The same experiment with victim, twin and the trigger's surrogate, where there is one, on `engine`. Raises
+        ConfigError for another word than "fast" or "reference".
+        """
+        given = self.model_dump(mode="json")
+        given["pretraining"]["engine"] = engine
+        if bilevel := given["attack"].get("bilevel"):
+            bilevel["surrogate"]["engine"] = engine
+        return self.parse(given)
 
 
 @dataclass(frozen=True)
