@@ -25,7 +25,7 @@ from blto.models.encoder import Encoder
 from blto.outcome import ENCODER, TRIGGER
 from blto.poisoning import Trigger, VerifyReport, apply_to_uint8, write_poisoned
 from blto.poisoning.manifest import Layout
-from blto.pretraining.spec import Engine
+from blto.pretraining.spec import Engine, RecipeSpec
 from blto.records import Metric, RunRecord, RunStore
 from blto.report import build_report
 from blto.runtime.device import resolve_device
@@ -82,7 +82,10 @@ def craft(
 ) -> Path:
     """Learn the trigger of a configuration; returns the file, which is `out` where that is given."""
     spec, where = read_spec(config, set, seed, engine), environment(**options)
-    stage = experiment.craft_stage(spec, experiment.load_data(spec, where), where)
+    data = experiment.load_data(spec, where)
+    if bilevel := spec.attack.get("bilevel"):
+        experiment.say_engine("surrogates", RecipeSpec.model_validate(bilevel["surrogate"]), data.attacker, where)
+    stage = experiment.craft_stage(spec, data, where)
     return _delivered(stage.path / TRIGGER, out)
 
 
@@ -145,6 +148,7 @@ def pretrain(
     """
     spec, where = read_spec(config, set, seed, engine, attack={"name": "clean"}), environment(**options)
     images = load(spec.data, data_root=where.data_root, split="train", poisoned=poisoned, progress=where.progress)
+    experiment.say_engine("pretraining", spec.pretraining, images, where)
     stage = experiment.pretrain_stage(spec, images.without_labels(), where)
     return _delivered(stage.path / ENCODER, out)
 

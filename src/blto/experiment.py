@@ -31,7 +31,7 @@ from blto.outcome import ENCODER, TRIGGER, conclude
 from blto.poisoning import Budget, load_trigger, plan_replacement, save_trigger
 from blto.pretraining.loop import pretrain
 from blto.pretraining.snapshots import SnapshotObserver
-from blto.pretraining.spec import Engine, PretrainingSpec, component
+from blto.pretraining.spec import Engine, PretrainingSpec, RecipeSpec, component
 from blto.pretraining.trainer import arithmetic
 from blto.records import RunRecord, RunStore, StageFolder
 from blto.registry import validate
@@ -189,6 +189,12 @@ def check_backbone(backbone: Mapping[str, Any], image_size: int, key: str) -> No
             ) from error
 
 
+def say_engine(what: str, recipe: RecipeSpec, images: ImageSet, environment: Environment) -> None:
+    """One line on the precision, the processor and the path through the code that a training takes there."""
+    how = arithmetic(recipe, environment.device, images.image_size)
+    environment.progress.say(f"{what} in {how['precision']} on {how['processor']}, {how['engine']}")
+
+
 def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> StageFolder:
     """Learn the trigger, or find it learned. The folder has `trigger.safetensors`; its facts have the trajectory."""
     attack = build_attack(spec, data)
@@ -260,6 +266,7 @@ def run_all(specs: Sequence[ExperimentSpec], environment: Environment) -> list[R
         for spec in missing:
             check_recipe(spec.pretraining, data.train)
             build_attack(spec, data)
+        say_engine("pretraining", missing[0].pretraining, data.train, environment)  # which they share
         for spec in missing:
             _run(spec, data, environment)
     return [environment.store.load(spec.run_id) for spec in specs]
@@ -270,8 +277,6 @@ def _run(spec: ExperimentSpec, data: Data, environment: Environment) -> None:
     with environment.store.lock(spec.run_id):
         say = environment.progress.say
         say(f"{spec.run_id}: {len(data.train)} training images, {len(data.test)} test images")
-        how = arithmetic(spec.pretraining, environment.device, data.train.image_size)
-        say(f"pretraining in {how['precision']} on {how['processor']}, {how['engine']}")
         crafted = craft_stage(spec, data, environment)
         trigger = load_trigger(crafted.path / TRIGGER)
         poisoned = poison_with(build_attack(spec, data), trigger, data.train, seed=spec.seed)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from blto.data.cache import FACTS, IMAGES, LABELS, cache_folder, cached, files_key
 from blto.data.images import ImageSet
 from blto.errors import ConfigError, InputRefused
-from blto.files import staged_directory
+from blto.files import show, staged_directory
 from tests.factories import random_images
 
 
@@ -110,17 +112,42 @@ def test_a_damaged_entry_is_not_used(cache: Path, capsys: pytest.CaptureFixture[
     assert warning.count("\n") == 1
 
 
-def test_a_cache_that_cannot_be_written_costs_one_line(
+@pytest.mark.parametrize("number", [None, errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written_costs_one_line_for_all_sets(
+    number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "file" / "cache"
+    if number is None:
+        (tmp_path / "file").write_text("in the way")
+    else:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "makedirs", refuse)
+    monkeypatch.setenv("BLTO_CACHE", str(folder))
+    for seed in (0, 1):
+        source = Source(random_images(seed=seed))
+        for decoded in (1, 2):
+            assert same(cached(lambda seed=seed: f"k{seed}", source), source.images)  # type: ignore[misc]
+            assert source.decoded == decoded
+    warning = capsys.readouterr().err
+    reason = os.strerror(number or errno.EEXIST)
+    assert warning.startswith(f"blto: warning: decoded images are not kept in {show(folder)} ({reason}) ")
+    assert "set BLTO_CACHE" in warning
+    assert warning.count("\n") == 1
+
+
+def test_a_cache_that_may_not_be_searched_costs_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("BLTO_CACHE", str(tmp_path / "file" / "cache"))
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
     source = Source(random_images())
+    monkeypatch.setattr(Path, "stat", refuse)
     assert same(cached(lambda: "k", source), source.images)
-    warning = capsys.readouterr().err
-    assert "not kept" in warning
-    assert "BLTO_CACHE" in warning
-    assert warning.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(cache: Path) -> None:

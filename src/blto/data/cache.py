@@ -31,6 +31,7 @@ from blto.runtime.progress import Progress
 
 FORMAT = 1  # raise it when the decoding or an entry's files change
 IMAGES, LABELS, FACTS = "images.npy", "labels.npy", "facts.json"
+_told: set[Path] = set()
 
 
 def cache_folder() -> Path:
@@ -70,7 +71,7 @@ def cached(key: Callable[[], str], decode: Callable[[], ImageSet]) -> ImageSet:
     try:
         _write(folder, images)
     except ResourceExhausted as error:
-        _warn(f"decoded images are not kept. {error} Or set BLTO_CACHE.")
+        _warn_not_kept(cache_folder(), error)
         return images
     except ConfigError:
         pass  # another process has just written the same entry
@@ -107,6 +108,17 @@ def _read(folder: Path) -> ImageSet:
     images = np.asarray(np.load(folder / IMAGES, mmap_mode="c"))
     labels = np.load(folder / LABELS) if has_labels else None
     return ImageSet(images, labels, tuple(facts["class_names"]), facts["name"])
+
+
+def _warn_not_kept(folder: Path, error: ResourceExhausted) -> None:
+    """Once a process and folder: training and test images would say the same."""
+    if folder not in _told:
+        _told.add(folder)
+        reason = getattr(error.__cause__, "strerror", None) or error.code
+        _warn(
+            f"decoded images are not kept in {show(folder)} ({reason}) and will be decoded again; "
+            "set BLTO_CACHE to a folder that can be written."
+        )
 
 
 def _warn(message: str) -> None:

@@ -22,7 +22,7 @@ from blto.errors import ConfigError, Diverged, Interrupted
 from blto.files import append_jsonl, canonical_json, sha256_bytes
 from blto.models.encoder import Encoder, build_encoder
 from blto.pretraining import METHODS
-from blto.pretraining.checkpoint import load_checkpoint, restore_trainer, save_checkpoint, trainer_state
+from blto.pretraining.checkpoint import last_good, load_checkpoint, restore_trainer, save_checkpoint, trainer_state
 from blto.pretraining.method import SSLMethod
 from blto.pretraining.spec import PretrainingSpec, RecipeSpec
 from blto.pretraining.trainer import Trainer, plain
@@ -221,11 +221,10 @@ class _Run:
         """Read the flag. Raises Diverged with the first bad step."""
         bad = int(self.trainer.first_bad_step)
         if bad >= 0:
-            kept = self.checkpoint and self.checkpoint.exists()
             raise Diverged(
                 f"the loss became NaN or Inf at step {bad} of {self.trainer.total_steps}; "
-                f"{'the last good checkpoint is kept' if kept else 'there is no checkpoint yet'}. "
-                f"Try a lower optimizer.lr (now {self.spec.optimizer.lr:g}), a longer warm-up, or precision fp32."
+                f"{last_good(self.checkpoint)}. Try a lower optimizer.lr (now {self.spec.optimizer.lr:g}), "
+                "a longer warm-up, or precision fp32."
             )
 
     def check_and_log(self) -> None:
