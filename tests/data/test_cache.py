@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blto.data.cache import FACTS, IMAGES, LABELS, cache_folder, cached, files_key
+from blto.data.cache import FACTS, IMAGES, LABELS, cache_folder, cached, files_key, map_array
 from blto.data.images import ImageSet
+from blto.data.views import RECIPES, Views
 from blto.errors import ConfigError, InputRefused
 from blto.files import show, staged_directory
 from tests.factories import random_images
@@ -57,6 +58,21 @@ def test_images_are_mapped_and_writing_to_them_leaves_the_file_alone() -> None:
     first.images[:] = 0
     assert same(cached(lambda: "k", source), source.images)
     assert source.decoded == 1
+
+
+def test_a_file_larger_than_memory_is_mapped_all_the_same(tmp_path: Path) -> None:
+    """Ten times the machine's memory and without a byte on the disk."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shape = (10 * memory // (3 * 32 * 32), 3, 32, 32)
+    path = tmp_path / "sparse.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    images = ImageSet(map_array(path), None, (), "large")
+    assert len(images) == shape[0]
+    rows = np.array([0, len(images) - 1])
+    views = Views(RECIPES["simclr"], 32)
+    assert views.fast(images.images, rows, views.draw(seed=0, epoch=0, samples=rows, view=0)).shape == (2, 3, 32, 32)
+    with pytest.raises(FileNotFoundError):
+        map_array(tmp_path / "absent.npy")
 
 
 def test_sets_without_labels() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from blto.data.cache import map_array
+from blto.data.images import ImageSet, random_access
 from blto.errors import ConfigError, Diverged, Interrupted, Mismatch
 from blto.files import read_jsonl, show
 from blto.models.encoder import Encoder
@@ -199,3 +203,27 @@ def test_bf16_and_fp32_agree_on_the_first_loss() -> None:
         for p in ("fp32", "bf16")
     }
     assert rows["bf16"]["loss"] == pytest.approx(rows["fp32"]["loss"], abs=0.02)
+
+
+def flags(path: Path) -> list[str]:
+    """What the system has been told about the mapping of `path`; see proc_pid_smaps(5)."""
+    text = Path("/proc/self/smaps").read_text()
+    return re.search(rf"{re.escape(str(path))}\n(?:.+\n)*?VmFlags: (.*)", text)[1].split()  # type: ignore[index]
+
+
+def test_a_mapped_set_is_read_at_random_while_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", random_images(16).images)
+    images = ImageSet(map_array(tmp_path / "a.npy"), None, (), "mapped")
+    during: list[bool] = []
+    step = Trainer.train_step
+
+    def noting(self: Trainer, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        during.append("rr" in flags(tmp_path / "a.npy"))
+        return step(self, views)
+
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    pretrain(images, tiny_recipe(epochs=1), seed=0)
+    assert during == [True, True]
+    assert "rr" not in flags(tmp_path / "a.npy")
+    with random_access(random_images(4).images):
+        pass  # in memory: nothing to tell

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from blto.data.images import ImageSet
+from blto.data.images import ImageSet, random_access
 from blto.data.order import Rows, permuted
 from blto.data.views import Views
 from blto.errors import ConfigError, Diverged, Interrupted
@@ -142,7 +142,8 @@ def pretrain(
     )
     epochs = observed_epochs(spec.epochs, observations)
     run = _Run(images, spec, run_seed, trainer, folder, observers, epochs, checkpoint_seconds)
-    with seeded(run_seed), progress.bar(title, trainer.total_steps) as advance, stop_requests() as stop:
+    bar = progress.bar(title, trainer.total_steps)
+    with seeded(run_seed), random_access(images.images), bar as advance, stop_requests() as stop:
         if resume:
             run.restore()
         while trainer.step < trainer.total_steps:
