@@ -8,14 +8,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-full bench-engine bench-learning bench-gpu lint clean
+.PHONY: help demo test test-full bench-engine bench-scaling bench-learning bench-accuracy bench-gpu lint clean
 
 help:
 	@echo "make demo       learn a trigger, poison, pretrain and report, on embedded data"
 	@echo "make test       lint, types, import layers, and every test that is not minutes long"
 	@echo "make test-full  the tests that are minutes long"
 	@echo "make bench-engine    speed against lightly on CIFAR-10, about 20 minutes"
+	@echo "make bench-scaling   speed and memory over batch, width, resolution, images and processes, under 15 minutes"
 	@echo "make bench-learning  does the fast engine learn as much as plain torch?, about 30 minutes"
+	@echo "make bench-accuracy  kNN accuracy against minutes, the 30-minute recipe and lightly's model, about 65 minutes"
 	@echo "make bench-gpu       speed on a GPU against lightly's model, about 15 minutes; needs no data"
 	@echo "make lint       ruff, mypy and the import layers alone"
 	@echo "make clean      remove .venv and every cache; runs/ stays"
@@ -31,9 +33,15 @@ test-full: $(STAMP)
 	@echo "==> BLTO_DATA is '$$BLTO_DATA'; where it is empty, the tests on real CIFAR-10 are listed below as skipped"
 	$(BIN)/python -m pytest -m full
 
-# Benchmarks need CIFAR-10 in BLTO_DATA and a quiet machine.
+# Benchmarks need a quiet machine and, except for bench-scaling, CIFAR-10 in BLTO_DATA.
 bench-engine: $(STAMP)
 	$(BIN)/python -m benchmarks.engine
+
+bench-scaling: $(STAMP)
+	$(BIN)/python -m benchmarks.scaling
+
+bench-accuracy: $(STAMP)
+	$(BIN)/python -m benchmarks.accuracy_over_time
 
 bench-gpu:
 	benchmarks/gpu.sh

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from blto.data.images import ImageSet
 from blto.data.view_source import view_source
 from blto.data.views import resolve_recipe
-from blto.pretraining.loop import batches, build_method
+from blto.pretraining.loop import batch_rows, build_method
 from blto.pretraining.spec import PretrainingSpec
 from blto.pretraining.trainer import Trainer
 from blto.runtime.device import Precision, fabric
@@ -102,13 +102,13 @@ class OurData:
 
     def __init__(self, images: ImageSet, batch_size: int, device: str = "cpu") -> None:
         self.views = view_source(images.images, resolve_recipe("simclr_cifar"), fabric(device).device)
-        self.order = batches(len(images), batch_size, seed=0, epoch=0)
-        self.step = 0
+        self.size, self.batch_size, self.step = len(images), batch_size, 0
 
     def __next__(self) -> list[Tensor]:
-        rows = share(self.order[self.step % len(self.order)])
+        epoch, batch = divmod(self.step, self.size // self.batch_size)
+        rows = batch_rows(self.size, self.batch_size, seed=0, epoch=epoch, batch=batch)
         self.step += 1
-        return self.views(rows, seed=0, epoch=self.step)
+        return self.views(share(rows), seed=0, epoch=epoch)
 
 
 def lightly_on_our_data(

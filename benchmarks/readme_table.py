@@ -10,6 +10,20 @@ from blto.records import RunStore
 from blto.report.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
+FOREIGN_LIMIT = 0.25
+"""As in `timing`, which imports torch."""
+COLUMNS = (
+    *("Batch", "Width", "Pixels", "Images", "Processes x threads"),
+    *("Images/s", "CPU s per 1,000", "Anonymous MiB", "Peak MiB"),
+)
+SUMMARY = {
+    "anonymous_memory_most_over_few_images": (
+        "Anonymous memory with 10,000,000 images / with 50,000: {:.2f} (at most 1.1)."
+    ),
+    "two_processes_over_two_threads": (
+        "Two single-thread trainings side by side / one with two threads: {:.2f} in images/s."
+    ),
+}
 
 
 def results_table(results: Path) -> str:
@@ -57,9 +71,52 @@ def speed_row(part: dict[str, Any], ratio: dict[str, Any]) -> str:
     return f"| {part['title']}: ours / {ratio['other']} | {ours} | {other} | {shown} |"
 
 
+def scaling_table(results: Path) -> str:
+    """The cells of `make bench-scaling`, the two ratios that they give, and the cost of each stage."""
+    file = results / "scaling.json"
+    if not file.exists():
+        return "Not measured yet: `make bench-scaling`."
+    found = read_json(file)
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        f"| {' | '.join('---:' for _ in COLUMNS)} |",
+        *map(scaling_row, sorted(found["cells"].values(), key=axes)),
+        "",
+        f"{found['machine']['processor']}, {found['machine']['cores']} cores, {found['engine']}. "
+        "Memory is summed over processes.",
+        *(SUMMARY[name].format(value) for name, value in sorted(found["summary"].items())),
+    ]
+    if stages := found["parts"].get("stages"):
+        lines += ["", "| Stage | Unit | Seconds a unit |", "| --- | --- | ---: |"]
+        lines += [f"| {name} | {cost['unit']} | {cost['seconds']:.3g} |" for name, cost in stages["costs"].items()]
+    return "\n".join(lines)
+
+
+def axes(cell: dict[str, Any]) -> tuple[int, ...]:
+    """What a row is sorted by: one axis after the other, each from its least value on."""
+    return tuple(cell[name] for name in ("processes", "threads", "resolution", "width", "images", "batch_size"))
+
+
+def scaling_row(cell: dict[str, Any]) -> str:
+    """One cell; its speed is a dash where strangers disturbed it, its memory counts all the same."""
+    disturbed = cell["foreign"] > FOREIGN_LIMIT
+    columns = [
+        *(str(cell[name]) for name in ("batch_size", "width", "resolution")),
+        f"{cell['images']:,}",
+        f"{cell['processes']} x {cell['threads']}",
+        "-" if disturbed else f"{cell['images_per_second']:,.0f}",
+        "-" if disturbed else f"{cell['cpu_seconds_per_1000_images']:.2f}",
+        f"{cell['anonymous_mib']:,.0f}",
+        f"{cell['peak_mib']:,.0f}",
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
 def with_tables(readme: str, results: Path) -> str:
-    """The README's text with each table between its two marks."""
-    for name, table in (("results", results_table), ("speed", speed_table)):
+    """The README's text with each table between its two marks, where it has them."""
+    for name, table in (("results", results_table), ("speed", speed_table), ("scaling", scaling_table)):
+        if f"<!-- {name}:begin -->" not in readme:
+            continue
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, _, rest = readme.partition(begin)
         readme = f"{before}{begin}{table(results)}\n{end}{rest.partition(end)[2]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,9 @@ import torch
 
 FOREIGN_LIMIT = 0.25
 """Cores that strangers may use during a turn that counts."""
+PROCESSES = Path("/proc")
+"""Where Linux tells what every process does; see proc_pid_stat(5)."""
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,29 @@ class Turn:
 
 
 def cpu_seconds() -> tuple[float, float]:
-    """Busy seconds of the whole machine, and of this process with its finished children."""
-    ticks = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-    busy = (sum(ticks[:8]) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return busy, sum(usage.ru_utime + usage.ru_stime for usage in used)
+    """Busy seconds of the whole machine, and of this process with its descendants."""
+    ticks = [int(value) for value in (PROCESSES / "stat").read_text().splitlines()[0].split()[1:]]
+    busy = (sum(ticks[:8]) - ticks[3] - ticks[4]) / TICKS_PER_SECOND
+    return busy, family_seconds(os.getpid())
+
+
+def family_seconds(ancestor: int) -> float:
+    """CPU seconds of a process and all its descendants: those alive, and those that ended and were waited for."""
+    found = dict(filter(None, map(parent_and_seconds, PROCESSES.glob("[0-9]*/stat"))))
+    family, added = set[int](), {ancestor}
+    while added:
+        family |= added
+        added = {number for number, (parent, _) in found.items() if parent in family} - family
+    return sum(found[number][1] for number in family & found.keys())
+
+
+def parent_and_seconds(stat: Path) -> tuple[int, tuple[int, float]] | None:
+    """Number, parent and CPU seconds of a process, with those of its finished children; None where it has just gone."""
+    try:
+        fields = stat.read_text(errors="replace").rpartition(")")[2].split()  # the name before may hold anything
+    except OSError:
+        return None
+    return int(stat.parent.name), (int(fields[1]), sum(map(int, fields[11:15])) / TICKS_PER_SECOND)
 
 
 def take_turn(work: Callable[[], int]) -> Turn:

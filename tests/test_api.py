@@ -10,12 +10,17 @@ import pytest
 import torch
 
 import blto
+from blto import experiment
 from blto.cli import main
+from blto.configuration import read_specs
 from blto.errors import ConfigError, Mismatch
+from blto.experiment import ExperimentSpec
 from blto.files import append_jsonl, read_jsonl, sha256_file
 from blto.files.yaml import dump_yaml
 from blto.models.encoder import Encoder
+from blto.models.native import resnet
 from blto.outcome import log_of
+from blto.pretraining import trainer
 from blto.records import RunRecord, RunStore
 from blto.runtime.device import processor_name
 from tests.tiny_experiment import TINY_EXPERIMENT
@@ -315,6 +320,53 @@ def test_every_command_is_a_function_with_the_same_arguments() -> None:
         allowed = {"demo": {"store", "data_root"}, "evaluate": {"resume"}}.get(name, set())
         assert given <= names, name
         assert names - given <= allowed, name
+
+
+@pytest.mark.parametrize("command", ["run", "craft", "poison", "pretrain", "demo"])
+def test_the_engine_of_the_command_line_is_that_of_victim_and_surrogate(
+    command: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No stage runs: what would be run is enough."""
+    asked: list[ExperimentSpec] = []
+
+    def stop(spec: ExperimentSpec, *_: object) -> None:
+        asked.append(spec)
+        raise ConfigError("seen.")
+
+    monkeypatch.setattr(experiment, "run_all", lambda specs, _: stop(specs[0]))
+    monkeypatch.setattr(experiment, "load_data", stop)
+    monkeypatch.setattr(experiment, "pretrain_stage", stop)
+    monkeypatch.chdir(tmp_path)
+    given = {"demo": [], "poison": [str(config), "--out", "p"]}.get(command, [str(config)])
+    for engine in ("fast", "reference"):
+        assert main([command, *given, "--engine", engine, "--quiet"]) == 2
+    engines = [(spec.pretraining.engine, spec.attack["bilevel"]["surrogate"]["engine"]) for spec in asked]
+    assert engines == [("fast", "fast"), ("reference", "reference")]
+
+
+def test_the_engine_overrules_the_configuration_of_every_attack_and_else_is_left_alone() -> None:
+    given = {**TINY_EXPERIMENT, "controls": ["clean", "untrained_generator", "frozen_surrogate"]}
+    given["pretraining"] = {**given["pretraining"], "engine": "reference"}
+    assert {spec.pretraining.engine for spec in read_specs(given, (), None)} == {"reference"}
+    specs = read_specs(given, (), None, "fast")
+    assert {spec.pretraining.engine for spec in specs} == {"fast"}
+    assert specs[0].run_id == read_specs(given, ["pretraining.engine=fast"], None)[0].run_id
+    assert [spec.attack["name"] for spec in specs] == ["blto", "clean", "untrained_generator", "frozen_surrogate"]
+
+
+@pytest.mark.parametrize("command", ["run", "craft", "pretrain"])
+def test_a_machine_without_the_kernels_says_once_which_path_it_takes(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (trainer, resnet):
+        monkeypatch.setattr(module, "find_kernels", lambda: (None, "plain torch: there is no compiler"))
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(dump_yaml({**TINY_EXPERIMENT, "controls": ["clean", "untrained_generator"]}))
+    changes = ["pretraining.precision=bf16", "pretraining.epochs=1", "attack.bilevel.surrogate.precision=bf16"]
+    assert main([command, "a.yaml", *(word for change in changes for word in ("--set", change))]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "plain torch: there is no compiler" in line]
+    what = "surrogates" if command == "craft" else "pretraining"
+    assert told == [f"{what} in bf16 on {processor_name('cpu')}, plain torch: there is no compiler"]
 
 
 def test_runs_are_kept_apart_by_their_spec(record: RunRecord) -> None:

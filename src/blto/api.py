@@ -1,7 +1,8 @@
 """The commands as Python calls: the same names and the same arguments as on the command line.
 
 Every call that works on a configuration takes the path of a YAML file or the same as a mapping, `set` (assignments such
-as "attack.poison_rate=0.005"), `seed`, and the `Options`. Errors are `BltoError`s.
+as "attack.poison_rate=0.005"), `seed`, and the `Options`; where something is trained, also `engine` ("fast" or
+"reference"), which overrules the victim's and the surrogate's. Errors are `BltoError`s.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from blto.models.encoder import Encoder
 from blto.outcome import ENCODER, TRIGGER
 from blto.poisoning import Trigger, VerifyReport, apply_to_uint8, write_poisoned
 from blto.poisoning.manifest import Layout
+from blto.pretraining.spec import Engine, RecipeSpec
 from blto.records import Metric, RunRecord, RunStore
 from blto.report import build_report
 from blto.runtime.device import resolve_device
@@ -51,7 +53,12 @@ class Options(TypedDict, total=False):
 
 
 def run(
-    config: Config, *, set: Sequence[str] = (), seed: int | None = None, **options: Unpack[Options]
+    config: Config,
+    *,
+    set: Sequence[str] = (),
+    seed: int | None = None,
+    engine: Engine | None = None,
+    **options: Unpack[Options],
 ) -> list[RunRecord]:
     """Run one experiment to its record: craft, poison, pretrain victim and clean twin, evaluate.
 
@@ -61,7 +68,7 @@ def run(
     Returns:
         The attack's record, then those of its controls.
     """
-    return experiment.run_all(read_specs(config, set, seed), environment(**options))
+    return experiment.run_all(read_specs(config, set, seed, engine), environment(**options))
 
 
 def craft(
@@ -70,11 +77,15 @@ def craft(
     *,
     set: Sequence[str] = (),
     seed: int | None = None,
+    engine: Engine | None = None,
     **options: Unpack[Options],
 ) -> Path:
     """Learn the trigger of a configuration; returns the file, which is `out` where that is given."""
-    spec, where = read_spec(config, set, seed), environment(**options)
-    stage = experiment.craft_stage(spec, experiment.load_data(spec, where), where)
+    spec, where = read_spec(config, set, seed, engine), environment(**options)
+    data = experiment.load_data(spec, where)
+    if bilevel := spec.attack.get("bilevel"):
+        experiment.say_engine("surrogates", RecipeSpec.model_validate(bilevel["surrogate"]), data.attacker, where)
+    stage = experiment.craft_stage(spec, data, where)
     return _delivered(stage.path / TRIGGER, out)
 
 
@@ -86,17 +97,18 @@ def poison(
     layout: Layout = "parquet",
     set: Sequence[str] = (),
     seed: int | None = None,
+    engine: Engine | None = None,
     **options: Unpack[Options],
 ) -> Path:
     """Write the poisoned training set of a configuration to the new folder `out`, with manifest and marker.
 
     Args:
-        config, set, seed, options: as in `run`.
+        config, set, seed, engine, options: as in `run`.
         out: a new or empty folder outside of the source data.
         trigger: an existing trigger file; else the configuration's own is crafted, or taken from the store.
         layout: "parquet" or "png".
     """
-    spec, where = read_spec(config, set, seed), environment(**options)
+    spec, where = read_spec(config, set, seed, engine), environment(**options)
     data = experiment.load_data(spec, where)
     attack = experiment.build_attack(spec, data)
     file = Path(trigger) if trigger is not None else experiment.craft_stage(spec, data, where).path / TRIGGER
@@ -121,20 +133,22 @@ def pretrain(
     poisoned: bool = False,
     set: Sequence[str] = (),
     seed: int | None = None,
+    engine: Engine | None = None,
     **options: Unpack[Options],
 ) -> Path:
     """Train an encoder on a configuration's data as they are; returns the file, which is `out` where that is given.
 
     Args:
-        config, set, seed, options: as in `run`; `attack` may be missing and plays no part.
+        config, set, seed, engine, options: as in `run`; `attack` may be missing and plays no part.
         out: the encoder file to write.
         poisoned: permit a set that is marked as poisoned.
 
     Raises:
         Mismatch: the data are marked as poisoned and `poisoned` is not set.
     """
-    spec, where = read_spec(config, set, seed, attack={"name": "clean"}), environment(**options)
+    spec, where = read_spec(config, set, seed, engine, attack={"name": "clean"}), environment(**options)
     images = load(spec.data, data_root=where.data_root, split="train", poisoned=poisoned, progress=where.progress)
+    experiment.say_engine("pretraining", spec.pretraining, images, where)
     stage = experiment.pretrain_stage(spec, images.without_labels(), where)
     return _delivered(stage.path / ENCODER, out)
 

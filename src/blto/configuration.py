@@ -13,6 +13,7 @@ from blto.errors import ConfigError
 from blto.experiment import ExperimentSpec
 from blto.files import show
 from blto.files.yaml import apply_assignments, load_yaml, parse_assignment, with_position
+from blto.pretraining.spec import Engine
 from blto.registry import validate
 
 Config = str | os.PathLike[str] | Mapping[str, Any]
@@ -39,13 +40,16 @@ class Configuration(ExperimentSpec):
         return [spec, *(spec.with_control(each, f"controls.{i}") for i, each in enumerate(self.controls))]
 
 
-def read_specs(config: Config, assignments: Sequence[str], seed: int | None, **absent: Any) -> list[ExperimentSpec]:
+def read_specs(
+    config: Config, assignments: Sequence[str], seed: int | None, engine: Engine | None = None, **absent: Any
+) -> list[ExperimentSpec]:
     """The validated specs of a configuration: the experiment's, then those of its controls.
 
     Args:
         config: path of a YAML file, or its content.
         assignments: "a.b=c", applied in order.
         seed: overrules the configuration's, where given.
+        engine: overrules the configuration's and its surrogate's, where given.
         absent: keys to fill in where the configuration lacks them.
 
     Raises:
@@ -57,7 +61,7 @@ def read_specs(config: Config, assignments: Sequence[str], seed: int | None, **a
     if seed is not None:
         given["seed"] = seed
     try:
-        return validate(Configuration, given, "").specs()
+        specs = validate(Configuration, given, "").specs()
     except ConfigError as error:
         key = str(error).partition(": ")[0]
         if key == "seed" and seed is not None:
@@ -66,8 +70,11 @@ def read_specs(config: Config, assignments: Sequence[str], seed: int | None, **a
         if any(f"{key}.".startswith(f"{name}.") for name in assigned):
             raise ConfigError(f"--set {error}", code=error.code) from error
         raise (with_position(error, file) if file else error) from error
+    return specs if engine is None else [spec.with_engine(engine) for spec in specs]
 
 
-def read_spec(config: Config, assignments: Sequence[str], seed: int | None, **absent: Any) -> ExperimentSpec:
+def read_spec(
+    config: Config, assignments: Sequence[str], seed: int | None, engine: Engine | None = None, **absent: Any
+) -> ExperimentSpec:
     """The experiment's spec alone; arguments and errors as in `read_specs`."""
-    return read_specs(config, assignments, seed, **absent)[0]
+    return read_specs(config, assignments, seed, engine, **absent)[0]

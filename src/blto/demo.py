@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 from blto import api
 from blto.api import Options
+from blto.pretraining.spec import Engine
 from blto.records import RunRecord
 
 RECIPE: dict[str, Any] = {
@@ -42,16 +43,22 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def demo(*, out: str | os.PathLike[str] = "runs/demo", seed: int = 0, **options: Unpack[Options]) -> list[RunRecord]:
+def demo(
+    *,
+    out: str | os.PathLike[str] = "runs/demo",
+    seed: int = 0,
+    engine: Engine | None = None,
+    **options: Unpack[Options],
+) -> list[RunRecord]:
     """Run the demo; returns the records of the clean run, the untrained generator and BLTO, which share a clean twin.
 
     Args:
         out: folder of the runs and of `report.html`; a run that is already there is not run again.
         seed: of every choice.
-        options: as in `blto.run`; `store` plays no part.
+        engine, options: as in `blto.run`; `store` plays no part.
     """
     options["store"] = out
-    attack, *controls = api.run(CONFIG, seed=seed, **options)
+    attack, *controls = api.run(CONFIG, seed=seed, engine=engine, **options)
     records = [*controls, attack]
     api.report([record.run_id for record in records], out=Path(out) / "report.html", store=out)
     return records

@@ -31,7 +31,7 @@ from blto.outcome import ENCODER, TRIGGER, conclude
 from blto.poisoning import Budget, load_trigger, plan_replacement, save_trigger
 from blto.pretraining.loop import pretrain
 from blto.pretraining.snapshots import SnapshotObserver
-from blto.pretraining.spec import PretrainingSpec, component
+from blto.pretraining.spec import Engine, PretrainingSpec, RecipeSpec, component
 from blto.pretraining.trainer import arithmetic
 from blto.records import RunRecord, RunStore, StageFolder
 from blto.registry import validate
@@ -94,6 +94,16 @@ class ExperimentSpec(BaseModel):
         known = ATTACKS.schema(own["name"]).model_fields if own.get("name") in ATTACKS.names() else {}
         shared = {key: value for key, value in self.attack.items() if key in known}
         return self.parse({**self.model_dump(mode="json"), "attack": ATTACKS.resolve({**shared, **own}, where)})
+
+    def with_engine(self, engine: Engine) -> ExperimentSpec:
+        """The same experiment with victim, twin and the trigger's surrogate, where there is one, on `engine`. Raises
+        ConfigError for another word than "fast" or "reference".
+        """
+        given = self.model_dump(mode="json")
+        given["pretraining"]["engine"] = engine
+        if bilevel := given["attack"].get("bilevel"):
+            bilevel["surrogate"]["engine"] = engine
+        return self.parse(given)
 
 
 @dataclass(frozen=True)
@@ -187,6 +197,12 @@ def check_backbone(backbone: Mapping[str, Any], image_size: int, key: str) -> No
             ) from error
 
 
+def say_engine(what: str, recipe: RecipeSpec, images: ImageSet, environment: Environment) -> None:
+    """One line on the precision, the processor and the path through the code that a training takes there."""
+    how = arithmetic(recipe, environment.device, images.image_size)
+    environment.progress.say(f"{what} in {how['precision']} on {how['processor']}, {how['engine']}")
+
+
 def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> StageFolder:
     """Learn the trigger, or find it learned. The folder has `trigger.safetensors`; its facts have the trajectory."""
     attack = build_attack(spec, data)
@@ -258,6 +274,7 @@ def run_all(specs: Sequence[ExperimentSpec], environment: Environment) -> list[R
         for spec in missing:
             check_recipe(spec.pretraining, data.train)
             build_attack(spec, data)
+        say_engine("pretraining", missing[0].pretraining, data.train, environment)  # which they share
         for spec in missing:
             _run(spec, data, environment)
     return [environment.store.load(spec.run_id) for spec in specs]
@@ -268,8 +285,6 @@ def _run(spec: ExperimentSpec, data: Data, environment: Environment) -> None:
     with environment.store.lock(spec.run_id):
         say = environment.progress.say
         say(f"{spec.run_id}: {len(data.train)} training images, {len(data.test)} test images")
-        how = arithmetic(spec.pretraining, environment.device, data.train.image_size)
-        say(f"pretraining in {how['precision']} on {how['processor']}, {how['engine']}")
         crafted = craft_stage(spec, data, environment)
         trigger = load_trigger(crafted.path / TRIGGER)
         poisoned = poison_with(build_attack(spec, data), trigger, data.train, seed=spec.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from blto.attacks.blto import BLTO
 from blto.attacks.objective import similarities, whitening_basis
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.errors import ConfigError, Diverged, Interrupted
+from blto.files import show
 from blto.poisoning import AdditiveTrigger, Budget, GeneratorTrigger
 from blto.pretraining.spec import OptimizerSpec
 from tests.factories import random_images, tiny_bilevel
@@ -147,8 +149,20 @@ def test_the_first_bad_step_of_the_surrogate_is_named(changes: dict[str, int], s
         generator=GENERATOR,
         bilevel=spec.model_copy(update={"surrogate": recipe}),
     )
-    with pytest.raises(Diverged, match=r"loss of surrogate 0 became NaN or Inf at its step [1234] of \d+; lower"):
+    with pytest.raises(Diverged, match=r"surrogate 0 became NaN or Inf at its step [1234] of \d+; there is no"):
         attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
+
+
+def test_where_crafting_diverges_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
+    kept = crafting._Kept(optimisation(), tmp_path, "identity")
+    kept.save()
+    with pytest.raises(
+        Diverged, match=r"similarity became NaN or Inf by step 0 of \d+; the last good .* Lower outer_lr"
+    ):
+        kept.check(float("nan"))
+    kept.run.surrogate.first_bad_step = torch.tensor(3)
+    with pytest.raises(Diverged, match=re.escape(f"checkpoint is {show(tmp_path / crafting.CHECKPOINT, 100)}. Lower")):
+        kept.check()
 
 
 def test_the_surrogates_flag_is_read_every_fifty_steps(monkeypatch: pytest.MonkeyPatch) -> None:

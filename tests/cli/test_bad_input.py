@@ -204,6 +204,22 @@ def test_a_gpu_that_is_not_there_is_the_only_line(
     assert sorted(path.name for path in Path().iterdir()) == ["a.yaml"]
 
 
+@pytest.mark.parametrize("command", ["run", "craft", "pretrain", "poison", "demo"])
+def test_an_unknown_engine_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write()
+    given = {"demo": [], "poison": ["a.yaml", "--out", "p"]}.get(command, ["a.yaml"])
+    line = refused(capsys, command, *given, "--engine", "fats")
+    assert "'--engine': " in line
+    assert "'fats' is not one of 'fast', 'reference'" in line
+    assert sorted(path.name for path in Path().iterdir()) == ["a.yaml"]
+
+
+def test_an_unknown_engine_from_python_is_named() -> None:
+    with pytest.raises(ConfigError, match="engine: input should be 'fast' or 'reference'"):
+        blto.run(TINY_EXPERIMENT, engine="fats")  # type: ignore[arg-type]
+    assert not list(Path().iterdir())
+
+
 def test_a_data_set_that_is_not_there_is_one_line_with_the_advice(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -288,3 +289,24 @@ def test_a_file_over_the_limit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="larger than the limit of 4 bytes") as refusal:
         read_bytes(tmp_path / "a", max_bytes=4, code="CKPT-REFUSED")
     assert refusal.value.code == "CKPT-REFUSED"
+
+
+def test_a_small_file_takes_little_memory_to_read(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", b"12345")
+    tracemalloc.start()
+    assert read_bytes(tmp_path / "a") == b"12345"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_to_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    atomic_write(tmp_path / "a", b"12345")
+    status = list(os.stat(tmp_path / "a"))
+    status[6] = 3  # its size a moment ago
+    monkeypatch.setattr(os, "fstat", lambda _: os.stat_result(status))
+    assert read_bytes(tmp_path / "a", max_bytes=5) == b"12345"
+    with pytest.raises(InputRefused, match="larger than the limit of 4 bytes"):
+        read_bytes(tmp_path / "a", max_bytes=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from blto.data.cache import map_array
+from blto.data.images import ImageSet, random_access
 from blto.errors import ConfigError, Diverged, Interrupted, Mismatch
-from blto.files import read_jsonl
+from blto.files import read_jsonl, show
 from blto.models.encoder import Encoder
 from blto.pretraining import METHODS, loop
-from blto.pretraining.loop import Pretrained, batches, observed_epochs, pretrain
+from blto.pretraining.loop import Pretrained, batch_rows, observed_epochs, pretrain
 from blto.pretraining.snapshots import SnapshotObserver
 from blto.pretraining.trainer import Trainer, learning_rate_factor
 from blto.runtime import device
@@ -129,9 +132,10 @@ def test_nan_is_named_by_its_first_step_and_the_last_good_checkpoint_survives(
         return original(self, views)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)
-    with pytest.raises(Diverged, match="NaN or Inf at step 4 of 8; the last good checkpoint is kept") as caught:
+    with pytest.raises(Diverged, match=r"NaN or Inf at step 4 of 8; .* Try a lower optimizer\.lr") as caught:
         pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path, checkpoint_seconds=0)
     assert caught.value.exit_code == 7
+    assert f"the last good checkpoint is {show(tmp_path / 'checkpoint.safetensors', 100)}." in str(caught.value)
     monkeypatch.setattr(Trainer, "train_step", original)
     resumed = pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path, resume=True)
     assert_equal(resumed, pretrain(IMAGES, tiny_recipe(), seed=0))
@@ -164,12 +168,18 @@ def test_resume_refuses_another_resolved_precision(tmp_path: Path, monkeypatch: 
         pretrain(IMAGES, recipe, seed=0, folder=tmp_path, resume=True)
 
 
+def epoch_of(size: int, *, epoch: int, seed: int = 0) -> list[int]:
+    batches = (batch_rows(size, 8, seed=seed, epoch=epoch, batch=batch) for batch in range(size // 8))
+    return [int(row) for rows in batches for row in rows]
+
+
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own() -> None:
-    first, second = (batches(40, 8, seed=0, epoch=epoch) for epoch in (0, 1))
-    assert sorted(first.ravel()) == list(range(40))
-    assert not np.array_equal(first, second)
-    assert np.array_equal(first, batches(40, 8, seed=0, epoch=0))
-    assert batches(43, 8, seed=0, epoch=0).shape == (5, 8)
+    first = epoch_of(40, epoch=0)
+    assert sorted(first) == list(range(40))
+    assert first == epoch_of(40, epoch=0)
+    assert first != epoch_of(40, epoch=1)
+    assert first != epoch_of(40, epoch=0, seed=1)
+    assert len(set(epoch_of(43, epoch=0))) == 40, "the remainder is left out"
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
@@ -193,3 +203,27 @@ def test_bf16_and_fp32_agree_on_the_first_loss() -> None:
         for p in ("fp32", "bf16")
     }
     assert rows["bf16"]["loss"] == pytest.approx(rows["fp32"]["loss"], abs=0.02)
+
+
+def flags(path: Path) -> list[str]:
+    """What the system has been told about the mapping of `path`; see proc_pid_smaps(5)."""
+    text = Path("/proc/self/smaps").read_text()
+    return re.search(rf"{re.escape(str(path))}\n(?:.+\n)*?VmFlags: (.*)", text)[1].split()  # type: ignore[index]
+
+
+def test_a_mapped_set_is_read_at_random_while_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", random_images(16).images)
+    images = ImageSet(map_array(tmp_path / "a.npy"), None, (), "mapped")
+    during: list[bool] = []
+    step = Trainer.train_step
+
+    def noting(self: Trainer, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        during.append("rr" in flags(tmp_path / "a.npy"))
+        return step(self, views)
+
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    pretrain(images, tiny_recipe(epochs=1), seed=0)
+    assert during == [True, True]
+    assert "rr" not in flags(tmp_path / "a.npy")
+    with random_access(random_images(4).images):
+        pass  # in memory: nothing to tell

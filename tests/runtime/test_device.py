@@ -88,6 +88,13 @@ def test_the_engine_is_named_by_what_it_comes_to(
     assert facts["processor"] == processor_name("cpu")
 
 
+def test_a_processor_that_is_left_to_fp32_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_processor_with(monkeypatch)
+    monkeypatch.setattr(trainer, "find_kernels", lambda: (None, "the reason"))
+    facts = trainer.arithmetic(RecipeSpec.model_validate({"backbone": "small_resnet"}), "cpu", 32)
+    assert (facts["precision"], facts["engine"]) == ("fp32", "the reason")
+
+
 def test_auto_takes_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == "cpu"

@@ -15,7 +15,7 @@ the defaults are ours.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from blto.data.images import ImageSet
 from blto.data.views import Views
 from blto.errors import Diverged
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
-from blto.pretraining.loop import batches, build_method
+from blto.pretraining.loop import batch_rows, build_method
 from blto.pretraining.spec import OptimizerSpec, RecipeSpec
 from blto.pretraining.trainer import Trainer, learning_rate_factor
 from blto.runtime.distributed import require_one_process
@@ -145,7 +145,6 @@ class BilevelOptimisation:
         self.position = self.outer_steps = self.period = 0
         self.basis: Tensor | None = None
         self.trajectory: list[dict[str, float]] = []
-        self._order: tuple[int, int, np.ndarray[Any, Any]] = (-1, -1, np.empty(0))
         self.surrogate = self.new_surrogate(0)
         trigger.to(self.surrogate.fabric.device)
 
@@ -195,10 +194,8 @@ class BilevelOptimisation:
         steps_per_epoch = max(1, len(self.images) // self.spec.surrogate.batch_size)
         epoch, batch = divmod(self.surrogate.step, steps_per_epoch)
         seed = stream_seed(self.seed, "trigger", "inner", period)
-        if self._order[:2] != (period, epoch):
-            size = min(self.spec.surrogate.batch_size, len(self.images))
-            self._order = (period, epoch, batches(len(self.images), size, seed=seed, epoch=epoch))
-        rows = self._order[2][batch]
+        size = min(self.spec.surrogate.batch_size, len(self.images))
+        rows = batch_rows(len(self.images), size, seed=seed, epoch=epoch, batch=batch)
         poisoned = rows[self.is_poisoned[rows]]
         if len(poisoned):
             self.surrogate_images[poisoned] = apply_to_uint8(self.trigger, self.images.images[poisoned])

@@ -132,18 +132,18 @@ class _Kept:
 
     def check(self, similarity: float = 0.0) -> None:
         """Raises Diverged, with the first bad step, where the surrogate's flag is set or the similarity not finite."""
-        run = self.run
+        run, kept = self.run, checkpoint.last_good(self.folder and self.folder / CHECKPOINT)
         bad = int(run.surrogate.first_bad_step)
         if bad >= 0:
             raise Diverged(
                 f"the loss of surrogate {run.period} became NaN or Inf at its step {bad} of "
-                f"{run.surrogate.total_steps}; lower surrogate.optimizer.lr "
+                f"{run.surrogate.total_steps}; {kept}. Lower surrogate.optimizer.lr "
                 f"(now {run.spec.surrogate.optimizer.lr:g}), or give precision fp32."
             )
         if not math.isfinite(similarity):
             raise Diverged(
                 f"the trigger's similarity became NaN or Inf by step {run.position} of {run.total_steps}; "
-                f"lower outer_lr (now {run.spec.outer_lr:g})."
+                f"{kept}. Lower outer_lr (now {run.spec.outer_lr:g})."
             )
 
     def save(self) -> None:

@@ -29,6 +29,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Engine(StrEnum):
+    """What trains: the native kernels where they fit, or plain torch throughout."""
+
+    FAST = "fast"
+    REFERENCE = "reference"
+
+
 class Layout(StrEnum):
     """How a poisoned set is written."""
 
@@ -45,6 +52,10 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Seed of every choice; ove
 Store = Annotated[Path, typer.Option(help="Folder of the runs and of what they share.")]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Folder of the data sets; else the variable BLTO_DATA.", show_default=False)
+]
+EngineOption = Annotated[
+    Engine | None,
+    typer.Option(help="What trains; sets pretraining.engine and that of the trigger's surrogate.", show_default=False),
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted stage.")]
@@ -64,6 +75,16 @@ def _options(store: Path, data_root: Path | None, device: Device, resume: bool, 
     }
 
 
+def _word(engine: Engine | None) -> Any:
+    """The engine as every call takes it."""
+    return None if engine is None else engine.value
+
+
+def _choices(set_: list[str] | None, seed: int | None, engine: Engine | None) -> dict[str, Any]:
+    """The keywords that overrule the configuration in every call that trains."""
+    return {"set": set_ or (), "seed": seed, "engine": _word(engine)}
+
+
 @app.callback(invoke_without_command=True)
 def _no_command(context: typer.Context) -> None:
     """Without a command: the help, as an answer and not as an error."""
@@ -75,13 +96,14 @@ def _no_command(context: typer.Context) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and report.html.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of every choice.")] = 0,
+    engine: EngineOption = None,
     device: DeviceOption = Device.AUTO,
     resume: Resume = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Learn a trigger, poison, pretrain and measure on embedded data, in minutes."""
-    records = blto.demo(out=out, seed=seed, device=device.value, resume=resume, quiet=quiet)
+    records = blto.demo(out=out, seed=seed, engine=_word(engine), device=device.value, resume=resume, quiet=quiet)
     output.print_records(records, as_json=as_json, page=out / "report.html")
 
 
@@ -90,6 +112,7 @@ def run(
     config: ConfigFile,
     set_: Set = None,
     seed: Seed = None,
+    engine: EngineOption = None,
     store: Store = Path("runs"),
     data_root: DataRoot = None,
     device: DeviceOption = Device.AUTO,
@@ -99,7 +122,7 @@ def run(
 ) -> None:
     """Run one experiment: trigger, poisons, victim and clean twin, metrics, record."""
     options = _options(store, data_root, device, resume, quiet)
-    output.print_records(blto.run(config, set=set_ or (), seed=seed, **options), as_json=as_json)
+    output.print_records(blto.run(config, **_choices(set_, seed, engine), **options), as_json=as_json)
 
 
 @app.command()
@@ -108,6 +131,7 @@ def craft(
     out: OutFile = None,
     set_: Set = None,
     seed: Seed = None,
+    engine: EngineOption = None,
     store: Store = Path("runs"),
     data_root: DataRoot = None,
     device: DeviceOption = Device.AUTO,
@@ -117,7 +141,7 @@ def craft(
 ) -> None:
     """Learn the trigger alone; prints its file."""
     options = _options(store, data_root, device, resume, quiet)
-    output.print_path("trigger", blto.craft(config, out, set=set_ or (), seed=seed, **options), as_json=as_json)
+    output.print_path("trigger", blto.craft(config, out, **_choices(set_, seed, engine), **options), as_json=as_json)
 
 
 @app.command()
@@ -130,6 +154,7 @@ def poison(
     layout: Annotated[Layout, typer.Option(help="One parquet file, or a PNG for each image.")] = Layout.PARQUET,
     set_: Set = None,
     seed: Seed = None,
+    engine: EngineOption = None,
     store: Store = Path("runs"),
     data_root: DataRoot = None,
     device: DeviceOption = Device.AUTO,
@@ -139,7 +164,7 @@ def poison(
 ) -> None:
     """Write the poisoned training set, with manifest and marker."""
     options = _options(store, data_root, device, resume, quiet)
-    folder = blto.poison(config, out, trigger=trigger, layout=layout.value, set=set_ or (), seed=seed, **options)
+    folder = blto.poison(config, out, trigger=trigger, layout=layout.value, **_choices(set_, seed, engine), **options)
     output.print_path("poisoned", folder, as_json=as_json)
 
 
@@ -150,6 +175,7 @@ def pretrain(
     poisoned: Annotated[bool, typer.Option("--poisoned", help="Permit a set that is marked as poisoned.")] = False,
     set_: Set = None,
     seed: Seed = None,
+    engine: EngineOption = None,
     store: Store = Path("runs"),
     data_root: DataRoot = None,
     device: DeviceOption = Device.AUTO,
@@ -159,7 +185,7 @@ def pretrain(
 ) -> None:
     """Train an encoder on the data as they are; prints its file."""
     options = _options(store, data_root, device, resume, quiet)
-    file = blto.pretrain(config, out, poisoned=poisoned, set=set_ or (), seed=seed, **options)
+    file = blto.pretrain(config, out, poisoned=poisoned, **_choices(set_, seed, engine), **options)
     output.print_path("encoder", file, as_json=as_json)
 
 

@@ -7,6 +7,7 @@ nothing in it is needed, and it may be removed at any time.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from blto.data.images import ImageSet
 from blto.errors import BltoError, ConfigError, InputRefused, ResourceExhausted
@@ -31,6 +33,7 @@ from blto.runtime.progress import Progress
 
 FORMAT = 1  # raise it when the decoding or an entry's files change
 IMAGES, LABELS, FACTS = "images.npy", "labels.npy", "facts.json"
+_told: set[Path] = set()
 
 
 def cache_folder() -> Path:
@@ -70,7 +73,7 @@ def cached(key: Callable[[], str], decode: Callable[[], ImageSet]) -> ImageSet:
     try:
         _write(folder, images)
     except ResourceExhausted as error:
-        _warn(f"decoded images are not kept. {error} Or set BLTO_CACHE.")
+        _warn_not_kept(cache_folder(), error)
         return images
     except ConfigError:
         pass  # another process has just written the same entry
@@ -103,10 +106,34 @@ def _read(folder: Path) -> ImageSet:
     for file in (IMAGES, LABELS) if has_labels else (IMAGES,):
         if sha256_file(folder / file) != facts["sha256"][file]:
             raise ValueError(f"{file} is not as it was written")
-    # Copy on write: the array counts as writable, as torch wants it, and the file still cannot change.
-    images = np.asarray(np.load(folder / IMAGES, mmap_mode="c"))
+    images = map_array(folder / IMAGES)
     labels = np.load(folder / LABELS) if has_labels else None
     return ImageSet(images, labels, tuple(facts["class_names"]), facts["name"])
+
+
+def map_array(path: Path) -> npt.NDArray[Any]:
+    """The array in a .npy file, memory-mapped and without a way to change the file.
+
+    Copy on write, where the system lends so much: the array then counts as writable, as torch wants it. For a file
+    larger than its memory Linux refuses that, and it is mapped read-only.
+    """
+    try:
+        return np.asarray(np.load(path, mmap_mode="c"))
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def _warn_not_kept(folder: Path, error: ResourceExhausted) -> None:
+    """Once a process and folder: training and test images would say the same."""
+    if folder not in _told:
+        _told.add(folder)
+        reason = getattr(error.__cause__, "strerror", None) or error.code
+        _warn(
+            f"decoded images are not kept in {show(folder)} ({reason}) and will be decoded again; "
+            "set BLTO_CACHE to a folder that can be written."
+        )
 
 
 def _warn(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -161,10 +162,10 @@ def find_batches(kind: Kind, places: list[Path]) -> Path | None:
     """The unpacked folder or the archive in one of the places, or a place that is itself the folder."""
     public = PUBLIC[kind]
     for place in places:
-        if place.name == public.folder and place.is_dir():
+        if place.name == public.folder and os.path.isdir(place):
             return place
         for candidate in (place / public.folder, place / public.archive):
-            if candidate.exists():
+            if os.path.exists(candidate):  # false, not an error, in a folder that may not be searched
                 return candidate
     return None
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -100,3 +103,22 @@ class ImageSet:
         pixels = np.array(self.images)
         pixels[indices] = images
         return dataclasses.replace(self, images=pixels)
+
+
+@contextmanager
+def random_access(array: npt.NDArray[Any]) -> Iterator[None]:
+    """Tell the system that rows of `array` are read in random order while the block runs, where it is memory-mapped.
+
+    Else every row of a set larger than memory costs a read-ahead, which is megabytes on some machines.
+    """
+    owner: object = array
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = getattr(owner, "base", None)
+    if owner is None or not hasattr(mmap, "MADV_RANDOM"):
+        yield
+        return
+    owner.madvise(mmap.MADV_RANDOM)
+    try:
+        yield
+    finally:
+        owner.madvise(mmap.MADV_NORMAL)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blto.data.order import Rows
 from blto.data.view_backends import batched
 from blto.data.views import ViewRecipe, Views
 from blto.runtime.device import free_memory
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
 

@@ -167,8 +167,9 @@ def staged_directory(path: Path) -> Iterator[Path]:
 
 def make_directory(path: Path) -> None:
     """Make `path` and its missing parents, each flushed into the folder that holds it. Raises ResourceExhausted."""
-    if path.is_dir():
-        return
+    with disk_errors(path):
+        if path.is_dir():
+            return
     make_directory(path.parent)
     with disk_errors(path):
         os.makedirs(path, exist_ok=True)  # another process may have been faster

@@ -44,10 +44,14 @@ def read_bytes(path: Path, *, max_bytes: int = GIB, follow_links: bool = True, c
     """
     with open_regular(path, follow_links=follow_links, code=code) as file:
         try:
-            data = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
+            size = os.fstat(file.fileno()).st_size
+            too_large = size > max_bytes
+            data = b"" if too_large else file.read(size + 1)  # not more: so much is allocated, whatever is there
+            if len(data) > size:  # it grows
+                data += file.read(max_bytes + 1 - len(data))
         except OSError as error:
             raise InputRefused(f"{show(path)}: cannot be read ({error.strerror}).", code=code) from error
-    if data is None or len(data) > max_bytes:
+    if too_large or len(data) > max_bytes:
         raise InputRefused(f"{show(path)}: larger than the limit of {max_bytes} bytes.", code=code)
     return data
 

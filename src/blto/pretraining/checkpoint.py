@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blto.errors import Mismatch
+from blto.files import show
 from blto.files.safetensors import read_safetensors, write_safetensors
 from blto.pretraining.trainer import Trainer
 
@@ -89,3 +90,8 @@ def load_checkpoint(path: Path, *, identity: str) -> tuple[State, Any]:
     state = {name: torch.from_numpy(value) for name, value in arrays.items()}
     torch.set_rng_state(state.pop("random_state"))
     return state, json.loads(metadata["facts"])
+
+
+def last_good(path: Path | None) -> str:
+    """For whoever's training diverged: in words, where the last checkpoint is. None: nothing is kept."""
+    return f"the last good checkpoint is {show(path, 100)}" if path and path.exists() else "there is no checkpoint yet"

@@ -12,23 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from blto.data.images import ImageSet
+from blto.data.images import ImageSet, random_access
+from blto.data.order import Rows, permuted
 from blto.data.view_source import view_source
 from blto.errors import ConfigError, Diverged, Interrupted
 from blto.files import append_jsonl, canonical_json, sha256_bytes
 from blto.models.encoder import Encoder, build_encoder
 from blto.pretraining import METHODS
-from blto.pretraining.checkpoint import load_checkpoint, restore_trainer, save_checkpoint, trainer_state
+from blto.pretraining.checkpoint import last_good, load_checkpoint, restore_trainer, save_checkpoint, trainer_state
 from blto.pretraining.method import SSLMethod
 from blto.pretraining.spec import PretrainingSpec, RecipeSpec
 from blto.pretraining.trainer import Trainer, plain
 from blto.runtime.distributed import any_process, process_count, process_number, share
 from blto.runtime.interrupts import stop_requests
 from blto.runtime.progress import SILENT, Progress
-from blto.runtime.seeds import numpy_generator, seeded, stream_seed
+from blto.runtime.seeds import seeded, stream_seed
 
 STEPS_BETWEEN_CHECKS = 50
 """How often the NaN flag and the loss are read from the device, and logged."""
@@ -57,11 +57,17 @@ def build_method(spec: RecipeSpec, *, seed: int, image_size: int) -> SSLMethod:
         return METHODS.build(spec.method, encoder)
 
 
-def batches(size: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """One epoch's order, (steps, batch_size) sample numbers: a function of (seed, epoch); the remainder is left out."""
-    order = numpy_generator(seed, "pretrain", "order", epoch).permutation(size)
-    steps = size // batch_size
-    return order[: steps * batch_size].reshape(steps, batch_size)
+def batch_rows(size: int, batch_size: int, *, seed: int, epoch: int, batch: int) -> Rows:
+    """The sample numbers of one batch, int64 (batch_size,): a part of the epoch's order, a function of (seed, epoch).
+
+    Args:
+        size: of the set; an epoch has size // batch_size whole batches, and the remainder is left out.
+        batch_size: images a batch.
+        seed, epoch: which order.
+        batch: which part of it, from 0.
+    """
+    key = stream_seed(seed, "pretrain", "order", epoch)
+    return permuted(batch * batch_size, (batch + 1) * batch_size, size=size, key=key)
 
 
 def observed_epochs(epochs: int, observations: int) -> frozenset[int]:
@@ -146,8 +152,8 @@ def pretrain(
     )
     epochs = observed_epochs(spec.epochs, observations)
     run = _Run(images, spec, run_seed, trainer, folder, observers, epochs, checkpoint_seconds)
-    progress = progress if first else SILENT
-    with seeded(run_seed), progress.bar(title, trainer.total_steps) as advance, stop_requests() as stop:
+    bar = (progress if first else SILENT).bar(title, trainer.total_steps)
+    with seeded(run_seed), random_access(images.images), bar as advance, stop_requests() as stop:
         if resume:
             run.restore()
         while trainer.step < trainer.total_steps:
@@ -170,7 +176,7 @@ def pretrain(
 
 
 class _Run:
-    """The loop's state and its side effects: order, log, checkpoints, trajectory."""
+    """The loop's state and its side effects: log, checkpoints, trajectory."""
 
     def __init__(
         self,
@@ -192,8 +198,6 @@ class _Run:
         self.trajectory: list[dict[str, float]] = []
         self.last_loss = float("nan")
         self._loss = torch.zeros(())
-        self._order = np.empty((0, 0), dtype=np.int64)
-        self._order_epoch = -1
         self._saved_at = time.monotonic()
         inputs = {"spec": spec.model_dump(mode="json"), "seed": seed, "data": images.content_hash}
         inputs["arithmetic"] = trainer.arithmetic  # the machine that goes on may have another
@@ -206,13 +210,10 @@ class _Run:
     def one_step(self, steps_per_epoch: int) -> None:
         """Draw the batch of this step, train on it, and observe where an epoch begins or ends."""
         epoch, batch = divmod(self.trainer.step, steps_per_epoch)
-        if epoch != self._order_epoch:
-            self._order = batches(len(self.images), self.spec.batch_size, seed=self.seed, epoch=epoch)
-            self._order_epoch = epoch
         if self.trainer.step == 0:
             self._observe(0)
-        views = self.draw_views(share(self._order[batch]), seed=self.seed, epoch=epoch)
-        self._loss = self.trainer.train_step(views)["loss"]
+        rows = batch_rows(len(self.images), self.spec.batch_size, seed=self.seed, epoch=epoch, batch=batch)
+        self._loss = self.trainer.train_step(self.draw_views(share(rows), seed=self.seed, epoch=epoch))["loss"]
         if batch == steps_per_epoch - 1:
             self._observe(epoch + 1)
 
@@ -228,11 +229,10 @@ class _Run:
         """Read the flag. Raises Diverged with the first bad step."""
         bad = int(self.trainer.first_bad_step)
         if bad >= 0:
-            kept = self.checkpoint and self.checkpoint.exists()
             raise Diverged(
                 f"the loss became NaN or Inf at step {bad} of {self.trainer.total_steps}; "
-                f"{'the last good checkpoint is kept' if kept else 'there is no checkpoint yet'}. "
-                f"Try a lower optimizer.lr (now {self.spec.optimizer.lr:g}), a longer warm-up, or precision fp32."
+                f"{last_good(self.checkpoint)}. Try a lower optimizer.lr (now {self.spec.optimizer.lr:g}), "
+                "a longer warm-up, or precision fp32."
             )
 
     def check_and_log(self) -> None:

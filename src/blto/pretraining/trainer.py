@@ -72,7 +72,7 @@ def arithmetic(spec: RecipeSpec, device: str, image_size: int) -> dict[str, str]
     device = resolve_device(device)
     precision = training_precision(spec.precision, spec.engine, device)
     engine = GRAPHS if uses_cuda_graphs(spec.engine, device) else "plain torch"
-    if spec.engine == "fast" and precision == "bf16" and device == "cpu":
+    if spec.engine == "fast" and device == "cpu" and (precision == "bf16" or spec.precision == "auto"):
         kernels, engine = find_kernels()
         views = METHODS.get(spec.method["name"]).views_per_pass  # type: ignore[attr-defined]  # of the class
         batch = torch.empty(views * spec.batch_size, 3, image_size, image_size)

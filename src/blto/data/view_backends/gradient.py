@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from blto.data.view_backends.compiled import kernel
 from blto.data.view_backends.fast import (
     CONTRAST,
     HUE,
@@ -25,7 +26,6 @@ from blto.data.view_backends.fast import (
     blend,
     blur,
     blur_weights,
-    kernel,
     luma,
     shift_hue,
     taps,
