@@ -1,15 +1,16 @@
-"""Write the tables of README.md from the committed records. To run: python -m benchmarks.readme_table"""
+"""Write the tables of README.md and docs/ from the committed records. To run: python -m benchmarks.readme_table"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from blto.files import read_json, write_text
+from blto.files import read_json, read_jsonl, write_text
 from blto.records import RunStore
 from blto.report.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "engine.md")
 FOREIGN_LIMIT = 0.25
 """As in `timing`, which imports torch."""
 COLUMNS = (
@@ -112,17 +113,65 @@ def scaling_row(cell: dict[str, Any]) -> str:
     return f"| {' | '.join(columns)} |"
 
 
-def with_tables(readme: str, results: Path) -> str:
-    """The README's text with each table between its two marks, where it has them."""
-    for name, table in (("results", results_table), ("speed", speed_table), ("scaling", scaling_table)):
-        if f"<!-- {name}:begin -->" not in readme:
-            continue
+def accuracy_table(results: Path) -> str:
+    """What `make bench-accuracy` found: a row a contender, its accuracy at about every fifth minute."""
+    file = results / "accuracy_over_time.json"
+    if not file.exists():
+        return "Not measured yet: `make bench-accuracy`."
+    minutes = (5, 10, 15, 20, 25, 30)
+    lines = [
+        f"| kNN accuracy on CIFAR-10 test after | {' | '.join(f'{at} min' for at in minutes)} | all |",
+        f"| --- | {'---: | ' * (len(minutes) + 1)}".rstrip(),
+    ]
+    for name, run in read_json(file)["contenders"].items():
+        last = run["curve"][-1]
+        cells = [shown_near(run["curve"], at) for at in minutes]
+        lines.append(f"| {name} | {' | '.join(cells)} | {last['knn_accuracy']:.1f}% in {last['minutes']:.1f} min |")
+    return "\n".join(lines)
+
+
+def shown_near(curve: list[dict[str, float]], minute: float) -> str:
+    """The accuracy of the point nearest to a minute; a dash where that is further off than a minute and a half."""
+    nearest = min(curve, key=lambda point: abs(point["minutes"] - minute))
+    return f"{nearest['knn_accuracy']:.1f}%" if abs(nearest["minutes"] - minute) <= 1.5 else "-"
+
+
+def recipe_table(results: Path) -> str:
+    """The candidates of `benchmarks.recipe_search`, grouped by budget, the best first."""
+    file = results / "recipe_search.jsonl"
+    if not file.exists():
+        return "Not searched yet."
+    lines = [
+        "| Candidate | Core-minutes | Epochs | Parameters | Held-out kNN accuracy |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for run in sorted(read_jsonl(file), key=lambda run: (run["core_minutes"], -run["knn_accuracy"])):
+        lines.append(
+            f"| {run['name']} | {run['core_minutes']:g} | {run['epochs']} "
+            f"| {run['parameters'] / 1e6:.2f} M | {run['knn_accuracy']:.1f}% |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "results": results_table,
+    "speed": speed_table,
+    "scaling": scaling_table,
+    "accuracy": accuracy_table,
+    "recipes": recipe_table,
+}
+
+
+def with_tables(page: str, results: Path) -> str:
+    """A page's text with each table between its two marks, where it has them."""
+    for name, table in TABLES.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        before, _, rest = readme.partition(begin)
-        readme = f"{before}{begin}{table(results)}\n{end}{rest.partition(end)[2]}"
-    return readme
+        if begin in page:
+            before, _, rest = page.partition(begin)
+            page = f"{before}{begin}{table(results)}\n{end}{rest.partition(end)[2]}"
+    return page
 
 
 if __name__ == "__main__":
-    file = ROOT / "README.md"
-    write_text(file, with_tables(file.read_text(), ROOT / "benchmarks" / "results"))
+    for file in PAGES:
+        write_text(file, with_tables(file.read_text(), ROOT / "benchmarks" / "results"))

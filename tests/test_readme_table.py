@@ -1,4 +1,4 @@
-"""The README's tables are those that the committed records give."""
+"""The tables of the README and the documentation are those that the committed records give."""
 
 from __future__ import annotations
 
@@ -7,13 +7,29 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 TABLES = runpy.run_path(str(ROOT / "benchmarks" / "readme_table.py"))
 
 
-def test_the_tables_are_up_to_date() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert TABLES["with_tables"](readme, ROOT / "benchmarks" / "results") == readme
+@pytest.mark.parametrize("page", TABLES["PAGES"], ids=lambda page: page.name)
+def test_the_tables_are_up_to_date(page: Path) -> None:
+    assert TABLES["with_tables"](page.read_text(), ROOT / "benchmarks" / "results") == page.read_text()
+
+
+def test_every_table_is_on_some_page() -> None:
+    pages = "".join(page.read_text() for page in TABLES["PAGES"])
+    assert [name for name in TABLES["TABLES"] if f"<!-- {name}:begin -->" not in pages] == []
+
+
+def test_accuracy_near_a_minute_is_shown_and_far_from_it_is_not(tmp_path: Path) -> None:
+    curve = [
+        {"minutes": minutes, "knn_accuracy": accuracy} for minutes, accuracy in ((0.0, 9.0), (5.4, 50.0), (28.9, 70.0))
+    ]
+    (tmp_path / "accuracy_over_time.json").write_text(json.dumps({"contenders": {"ours": {"curve": curve}}}))
+    row = TABLES["accuracy_table"](tmp_path).splitlines()[-1]
+    assert row == "| ours | 50.0% | - | - | - | - | 70.0% | 70.0% in 28.9 min |"
 
 
 def cell(**changes: float) -> dict[str, float]:
