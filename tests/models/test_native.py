@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -272,3 +274,45 @@ def test_a_gradient_that_has_to_be_copied_first_outlives_the_copy() -> None:
     assert found[0] is not None
     assert found[1] is not None
     assert torch.equal(found[0], found[1])
+
+
+SHORT_OF_MEMORY = """
+import gc, resource, sys
+import torch
+from blto.models.native import ops
+
+def room(mebibytes):
+    gc.collect()
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = -1 if mebibytes is None else pages * resource.getpagesize() + (mebibytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+
+def convolve():
+    return ops._Convolution.apply(x, scale, scale, weight, ops.geometry(64, 64, 1, 1))[0]
+
+torch.set_num_threads(int(sys.argv[1]))
+x = torch.zeros(2, 64 * 64, 2, 128, 16, 2, dtype=torch.bfloat16)  # working memory of 64 MiB a thread
+scale = torch.ones(256)
+weight = torch.ones(32, 256, 1, 1, requires_grad=True)
+y = convolve() if sys.argv[2] == "backward" else None
+d_out = torch.ones(2, 64 * 64, 2, 16, 16, 2, dtype=torch.bfloat16)
+room(48)
+try:
+    y.backward(d_out) if y is not None else convolve()
+except MemoryError as error:
+    print(error)
+room(None)
+convolve().backward(d_out)
+print(float(weight.grad.sum()))
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_kernel_without_working_memory_is_a_memory_error_and_not_the_end(direction: str, threads: str) -> None:
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, threads, direction]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    sum_of_gradients = float(64 * 64**2 * 256 * 32)  # images, pixels, weights: of ones throughout
+    assert done.stdout.splitlines() == ["the AMX kernels found no working memory", str(sum_of_gradients)]

@@ -11,7 +11,8 @@
 // it is in registers. The gradient of a batch norm reaches a convolution as G = dy + d1[k] + 2 y d2[k], where d1 and d2
 // are the gradients of the sums of y and of y squared.
 //
-// All functions take raw pointers that the caller has checked, and run on OpenMP's threads over blocks.
+// All functions take raw pointers that the caller has checked, and run on OpenMP's threads over blocks. They return
+// DONE, or NO_MEMORY where their working memory could not be had; what they were to write is then undefined.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -19,10 +20,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <vector>
 
 namespace {
 
@@ -32,6 +33,7 @@ constexpr int GROUP = 16;          // images side by side in a register
 constexpr int BLOCK = 2 * GROUP;   // images side by side in a block
 constexpr int ROW = 2 * GROUP;     // bf16 values in a register: 16 images x 2 channels
 constexpr int TILE = 16 * ROW;     // bf16 values in a tile, also the stride of packed weights
+constexpr int DONE = 0, NO_MEMORY = 1;
 constexpr int STRIP = 4;           // channel pairs whose constants and sums stay in registers
 
 // ---------------------------------------------------------------------------------------------------- registers
@@ -115,12 +117,14 @@ void configure_tiles(int depth) {
 struct Scratch {
   void* memory = nullptr;
   size_t size = 0;
+  // Room for `count` values; null, and `failed`, where there is none. An exception could not leave a thread's region.
   template <class T>
-  T* get(size_t count) {
+  T* get(size_t count, std::atomic<bool>& failed) {
     if (count * sizeof(T) > size) {
       std::free(memory);
       size = (count * sizeof(T) + 4095) / 4096 * 4096;
       memory = std::aligned_alloc(4096, size);
+      if (!memory) size = 0, failed = true;
     }
     return static_cast<T*>(memory);
   }
@@ -481,14 +485,14 @@ size_t packed_size(int taps, int inputs, int outputs) {
 extern "C" {
 
 // The version of the entry points below; `library.py` refuses a library that was built from another one.
-int blto_abi() { return 2; }
+int blto_abi() { return 3; }
 
 // Ask the kernel for the tile registers. 0: granted.
 int blto_request_amx() { return int(syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */)); }
 
 // Float views [n][pixel][3] in [0, 1], normalised, into [block][pixel][group][2][16][2]. 16 pixels of 16 images at a
 // time are three 16 x 16 transposes. The number of pixels is divisible by 16.
-void blto_pack_images(const float* images, const float* mean, const float* inverse_std, int blocks, int pixels,
+int blto_pack_images(const float* images, const float* mean, const float* inverse_std, int blocks, int pixels,
                       bf16* out) {
 #pragma omp parallel for schedule(static)
   for (int b = 0; b < blocks; ++b)
@@ -512,10 +516,11 @@ void blto_pack_images(const float* images, const float* mean, const float* inver
         }
       }
     }
+  return DONE;
 }
 
 // Its adjoint: a gradient in that layout into float [n][pixel][3].
-void blto_pack_images_backward(const bf16* gradient, const float* inverse_std, int blocks, int pixels, float* out) {
+int blto_pack_images_backward(const bf16* gradient, const float* inverse_std, int blocks, int pixels, float* out) {
 #pragma omp parallel for schedule(static)
   for (int b = 0; b < blocks; ++b)
     for (int group = 0; group < 2; ++group) {
@@ -536,18 +541,22 @@ void blto_pack_images_backward(const bf16* gradient, const float* inverse_std, i
         }
       }
     }
+  return DONE;
 }
 
 // y = conv(activate(x), w) and the per-channel sums of y and y^2 of each block.
 //   x: [blocks][in_pixels][2][inputs / 2][16][2], or packed images where `windows` (9 source pixels a target) is given
 //   weights: float [outputs][inputs][taps], or [outputs][27] (channel-major, then tap) for images
 //   sums: [2][blocks][outputs]
-void blto_conv_forward(const bf16* x, const float* scale, const float* shift, const float* weights,
+int blto_conv_forward(const bf16* x, const float* scale, const float* shift, const float* weights,
                        const int32_t* start, const int32_t* tap, const int32_t* source, const int32_t* windows,
                        int blocks, int in_pixels, int out_pixels, int taps, int inputs, int outputs, bf16* y,
                        float* sums) {
-  std::vector<bf16> packed(packed_size(taps, inputs, outputs));
-  pack_weights(taps, inputs, outputs, packed.data(), [&](int k, int c, int t) {
+  static thread_local Scratch packed_memory;
+  std::atomic<bool> failed{false};
+  bf16* packed = packed_memory.get<bf16>(packed_size(taps, inputs, outputs), failed);
+  if (failed) return NO_MEMORY;
+  pack_weights(taps, inputs, outputs, packed, [&](int k, int c, int t) {
     if (!windows) return weights[(size_t(k) * inputs + c) * taps + t];
     const int at = window_weight(c);
     return at < 0 ? 0.0f : weights[size_t(k) * 27 + at];
@@ -557,27 +566,29 @@ void blto_conv_forward(const bf16* x, const float* scale, const float* shift, co
 #pragma omp parallel
   {
     static thread_local Scratch scratch;
+    const size_t made_size = windows ? size_t(out_pixels) * 2 * TILE : scale ? in_size : 0;
+    bf16* made = scratch.get<bf16>(made_size, failed);
     configure_tiles(std::min(inputs, 32));
+#pragma omp barrier
 #pragma omp for schedule(static)
-    for (int b = 0; b < blocks; ++b) {
+    for (int b = 0; b < (failed ? 0 : blocks); ++b) {
       const bf16* operand = x + b * in_size;
       if (windows) {
-        bf16* made = scratch.get<bf16>(size_t(out_pixels) * 2 * TILE);
         windows_block(x + size_t(b) * in_pixels * 2 * 2 * ROW, windows, out_pixels, made);
         operand = made;
       } else if (scale) {
-        bf16* made = scratch.get<bf16>(in_size);
         activate_block(operand, {scale, shift}, in_pixels, inputs, made);
         operand = made;
       }
       float *s = sums + size_t(b) * outputs, *q = sums + size_t(blocks + b) * outputs;
       if (outputs % 32)
-        forward_block<1>(operand, pairs, out_pixels, packed.data(), taps, inputs, outputs, y + b * out_size, s, q);
+        forward_block<1>(operand, pairs, out_pixels, packed, taps, inputs, outputs, y + b * out_size, s, q);
       else
-        forward_block<2>(operand, pairs, out_pixels, packed.data(), taps, inputs, outputs, y + b * out_size, s, q);
+        forward_block<2>(operand, pairs, out_pixels, packed, taps, inputs, outputs, y + b * out_size, s, q);
     }
     _tile_release();
   }
+  return failed ? NO_MEMORY : DONE;
 }
 
 // The backward pass of `blto_conv_forward` for dy, and for d1 and d2, the gradients of the two sums (null: none).
@@ -587,15 +598,19 @@ void blto_conv_forward(const bf16* x, const float* scale, const float* shift, co
 //   dx: like x, the gradient at x itself (through the activation); null: not wanted
 //   d_affine: [2][blocks][inputs], the gradients of scale and shift; written if there is an activation
 //   dw: float, shaped like weights; null: not wanted
-void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const bf16* y, const bf16* x,
+int blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const bf16* y, const bf16* x,
                         const float* scale, const float* shift, const float* weights, const int32_t* start,
                         const int32_t* tap, const int32_t* source, const int32_t* tap_start, const int32_t* tap_pixel,
                         const int32_t* tap_source, const int32_t* windows, int blocks, int in_pixels, int out_pixels,
                         int taps, int inputs, int outputs, const bf16* extra, bf16* dx, float* d_affine, float* dw) {
-  std::vector<bf16> packed;
+  static thread_local Scratch packed_memory, all_tiles;
+  std::atomic<bool> failed{false};
+  const size_t tiles_size = size_t(taps) * inputs * outputs;
+  bf16* packed = packed_memory.get<bf16>(dx ? packed_size(taps, outputs, inputs) : 0, failed);
+  float* tiles = all_tiles.get<float>(tiles_size * omp_get_max_threads(), failed);
+  if (failed) return NO_MEMORY;
   if (dx) {
-    packed.resize(packed_size(taps, outputs, inputs));
-    pack_weights(taps, outputs, inputs, packed.data(),
+    pack_weights(taps, outputs, inputs, packed,
                  [&](int c, int k, int t) {
                    if (!windows) return weights[(size_t(k) * inputs + c) * taps + t];
                    const int at = window_weight(c);
@@ -604,24 +619,21 @@ void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const 
   }
   const Pairs to_input{start, tap, source}, by_tap{tap_start, tap_pixel, tap_source};
   const size_t in_size = size_t(in_pixels) * inputs * BLOCK, out_size = size_t(out_pixels) * outputs * BLOCK;
-  const size_t tiles_size = size_t(taps) * inputs * outputs;
-  static thread_local Scratch all_tiles;
-  const int threads = omp_get_max_threads();
-  float* tiles = all_tiles.get<float>(tiles_size * threads);
   int team = 1;
 #pragma omp parallel
   {
     static thread_local Scratch plain_memory, turned_memory, x_memory, sums_memory;
     const size_t windows_size = size_t(out_pixels) * 2 * TILE;
-    bf16* plain = plain_memory.get<bf16>(out_size);
-    bf16* turned = turned_memory.get<bf16>(out_size);
-    bf16* rows = x_memory.get<bf16>(windows ? 2 * windows_size : in_size);
+    bf16* plain = plain_memory.get<bf16>(out_size, failed);
+    bf16* turned = turned_memory.get<bf16>(out_size, failed);
+    bf16* rows = x_memory.get<bf16>(windows ? 2 * windows_size : in_size, failed);
+    float* pixel_sums = sums_memory.get<float>(windows ? size_t(in_pixels) * 6 * GROUP : 0, failed);
     float* own = tiles + tiles_size * omp_get_thread_num();
     if (dw) std::memset(own, 0, tiles_size * sizeof(float));
 #pragma omp single
-    team = omp_get_num_threads();
+    team = omp_get_num_threads();  // at its end all threads meet, and `failed` is what it will be
 #pragma omp for schedule(static)
-    for (int b = 0; b < blocks; ++b) {
+    for (int b = 0; b < (failed ? 0 : blocks); ++b) {
       gradient_block(dy + b * out_size, y + b * out_size, d1, d2, out_pixels, outputs, dx ? plain : nullptr, turned);
       const size_t image_size = size_t(in_pixels) * 2 * 2 * ROW;
       if (dw) {
@@ -637,25 +649,24 @@ void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const 
       if (!dx) continue;
       configure_tiles(std::min(outputs, 32));
       if (windows) {
-        backward_block<2>(plain, to_input, out_pixels, packed.data(), taps, outputs, inputs, nullptr,
+        backward_block<2>(plain, to_input, out_pixels, packed, taps, outputs, inputs, nullptr,
                           {nullptr, nullptr}, nullptr, rows, nullptr, nullptr);
-        float* sums = sums_memory.get<float>(size_t(in_pixels) * 6 * GROUP);
-        windows_adjoint(rows, windows, in_pixels, out_pixels, sums, dx + b * image_size);
+        windows_adjoint(rows, windows, in_pixels, out_pixels, pixel_sums, dx + b * image_size);
         continue;
       }
       float *ds = d_affine + size_t(b) * inputs, *db = d_affine + size_t(blocks + b) * inputs;
       const Affine affine{scale, shift};
       const bf16* more = extra ? extra + b * in_size : nullptr;
       if (inputs % 32)
-        backward_block<1>(plain, to_input, in_pixels, packed.data(), taps, outputs, inputs, x + b * in_size, affine,
+        backward_block<1>(plain, to_input, in_pixels, packed, taps, outputs, inputs, x + b * in_size, affine,
                           more, dx + b * in_size, ds, db);
       else
-        backward_block<2>(plain, to_input, in_pixels, packed.data(), taps, outputs, inputs, x + b * in_size, affine,
+        backward_block<2>(plain, to_input, in_pixels, packed, taps, outputs, inputs, x + b * in_size, affine,
                           more, dx + b * in_size, ds, db);
     }
     _tile_release();
 #pragma omp for schedule(static)
-    for (int c = 0; c < (dw ? inputs : 0); ++c)
+    for (int c = 0; c < (dw && !failed ? inputs : 0); ++c)
       for (int t = 0; t < taps; ++t)
         for (int k = 0; k < outputs; ++k) {
           const size_t at = ((size_t(t) * (inputs / 16) + c / 16) * (outputs / 16) + k / 16) * 256 + (c % 16) * 16 + k % 16;
@@ -668,10 +679,11 @@ void blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const 
           }
         }
   }
+  return failed ? NO_MEMORY : DONE;
 }
 
 // out = relu(scale * y + shift + r), with r = residual, or scale_r * residual + shift_r, or 0 (null residual).
-void blto_merge_forward(const bf16* y, const float* scale, const float* shift, const bf16* residual,
+int blto_merge_forward(const bf16* y, const float* scale, const float* shift, const bf16* residual,
                         const float* scale_r, const float* shift_r, int blocks, int pixels, int channels, bf16* out) {
   const int half = channels / 2;
 #pragma omp parallel for schedule(static)
@@ -693,24 +705,27 @@ void blto_merge_forward(const bf16* y, const float* scale, const float* shift, c
       }
       store(out + at, pack(relu(z0), relu(z1)));
     }
+  return DONE;
 }
 
 // The backward pass of `blto_merge_forward`. dy and dr are the gradients at y and at the residual; sums are
 // [3][blocks][channels]: of scale, of scale_r, and of both shifts.
-void blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const float* scale, const bf16* residual,
+int blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const float* scale, const bf16* residual,
                          const float* scale_r, int blocks, int pixels, int channels, bf16* dy, bf16* dr, float* sums) {
   const int half = channels / 2;
   const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  std::atomic<bool> failed{false};
 #pragma omp parallel
   {
     static thread_local Scratch memory;  // running sums of [scale, scale_r, shift][channel][16 images]
-    float* lanes = memory.get<float>(size_t(3) * channels * GROUP);
+    float* lanes = memory.get<float>(size_t(3) * channels * GROUP, failed);
     auto add = [&](int which, int k, __m512 v) {
       float* at = lanes + (size_t(which) * channels + k) * GROUP;
       _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), v));
     };
+#pragma omp barrier
 #pragma omp for schedule(static)
-    for (int b = 0; b < blocks; ++b) {
+    for (int b = 0; b < (failed ? 0 : blocks); ++b) {
       std::memset(lanes, 0, size_t(3) * channels * GROUP * sizeof(float));
       for (int row = 0; row < 2 * pixels; ++row)
         for (int c = 0; c < half; ++c) {
@@ -739,10 +754,11 @@ void blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const
               _mm512_reduce_add_ps(_mm512_load_ps(lanes + (size_t(which) * channels + k) * GROUP));
     }
   }
+  return failed ? NO_MEMORY : DONE;
 }
 
 // Mean over pixels: a map -> float [images][channels].
-void blto_pool_forward(const bf16* x, int blocks, int pixels, int channels, float* out) {
+int blto_pool_forward(const bf16* x, int blocks, int pixels, int channels, float* out) {
   const int half = channels / 2;
 #pragma omp parallel for schedule(static)
   for (int b = 0; b < blocks; ++b)
@@ -759,10 +775,11 @@ void blto_pool_forward(const bf16* x, int blocks, int pixels, int channels, floa
         for (int n = 0; n < GROUP; ++n)
           for (int i = 0; i < 2; ++i) out[size_t(b * BLOCK + group * GROUP + n) * channels + 2 * c + i] = lanes[i][n];
       }
+  return DONE;
 }
 
 // Its backward pass: float [images][channels] -> a map.
-void blto_pool_backward(const float* dout, int blocks, int pixels, int channels, bf16* dx) {
+int blto_pool_backward(const float* dout, int blocks, int pixels, int channels, bf16* dx) {
   const int half = channels / 2;
 #pragma omp parallel for schedule(static)
   for (int b = 0; b < blocks; ++b)
@@ -775,6 +792,7 @@ void blto_pool_backward(const float* dout, int blocks, int pixels, int channels,
         const __m512i v = pack(_mm512_load_ps(lanes[0]), _mm512_load_ps(lanes[1]));
         for (int p = 0; p < pixels; ++p) store(dx + (((size_t(b) * pixels + p) * 2 + group) * half + c) * ROW, v);
       }
+  return DONE;
 }
 
 }  // extern "C"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-ABI = 2
-"""Of `kernels.cpp`: raised there and here when an entry point's arguments change."""
+ABI = 3
+"""Of `kernels.cpp`: raised there and here when an entry point's arguments or results change."""
 
 ENTRY_POINTS = (
     "blto_pack_images",
@@ -22,6 +22,12 @@ ENTRY_POINTS = (
     "blto_pool_forward",
     "blto_pool_backward",
 )
+
+
+def refuse(status: int, *_: object) -> None:
+    """Raise MemoryError where an entry point says that its working memory could not be had."""
+    if status:
+        raise MemoryError("the AMX kernels found no working memory")
 
 
 @cache
@@ -46,7 +52,7 @@ def find_kernels() -> tuple[ctypes.CDLL | None, str]:
     if library.blto_request_amx() != 0:
         return None, "plain torch: the system does not grant AMX"
     for name in ENTRY_POINTS:
-        getattr(library, name).restype = None
+        getattr(library, name).errcheck = refuse
     return library, "AMX kernels"
 
 
