@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from blto.data.view_backends.compiled import kernel
 from blto.data.view_backends.fast import GOLDEN, mix
+from blto.runtime.kernels import kernel
 
 ROUNDS = 16
 """After 12, positions and neighbours in sets of 2 to 30 images passed for uniform over 10^6 keys, or nearly."""

@@ -1,7 +1,6 @@
 """The CPU kernels of the views: drawing parameters, and the fast back end.
 
-Every kernel runs on one thread over a range of samples without the GIL; `views.py` splits a batch over threads. numba's
-own parallel layers are not used: the portable one must not be entered by two threads at once.
+Every kernel runs over a range of samples; `runtime.kernels.split` gives each thread its own.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from blto.data.view_backends.compiled import kernel
+from blto.runtime.kernels import kernel
 
 Array = np.ndarray[Any, Any]
 Arrays = tuple[Array, ...]

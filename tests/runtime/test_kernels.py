@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from blto.data.view_backends import compiled
+from blto.runtime import kernels
 
 MODULE = """
-from blto.data.view_backends.compiled import kernel
+from blto.runtime.kernels import kernel
 
 @kernel()
 def double(x):
@@ -21,7 +21,7 @@ def double(x):
 
 @pytest.fixture(autouse=True)
 def nothing_said_before() -> None:
-    compiled.warn_not_kept.cache_clear()
+    kernels.warn_not_kept.cache_clear()
 
 
 def load(path: Path) -> Any:

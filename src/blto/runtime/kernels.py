@@ -1,18 +1,28 @@
-"""numba functions whose machine code is kept on disk where that is possible, and which work where it is not."""
+"""Compiled loops on CPUs: numba functions on one thread each, without the GIL, and a batch split over threads.
+
+Their machine code is kept on disk where that is possible, and they work where it is not. numba's own parallel layers
+are not used: the portable one must not be entered by two threads at once.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from numba import njit
 
 from blto.files import show
 from blto.runtime.progress import Progress
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+CHUNK = 16  # the fewest samples that are worth a thread of their own
 
 # What LLVM may do to vectorise sums and fuse multiply-adds. Not `arcp`: x / 255 must stay an exact division.
 RELAXED = {"contract", "nsz", "reassoc"}
@@ -56,3 +66,19 @@ def warn_not_kept(folder: str) -> None:
         f"blto: warning: compiled code is not kept: there is no room or no permission to write to {show(folder)}, so "
         "every process compiles for some seconds; set NUMBA_CACHE_DIR to a folder that can be written."
     )
+
+
+def split(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Run `kernel(*arguments, start, stop)` over parts of 0 to `count`, on torch's number of threads."""
+    threads = max(1, min(torch.get_num_threads(), count // CHUNK))
+    first, *others = pairwise(count * part // threads for part in range(threads + 1))
+    running = [pool(os.getpid()).submit(kernel, *arguments, *part) for part in others]
+    kernel(*arguments, *first)
+    for other in running:
+        other.result()
+
+
+@cache
+def pool(process: int) -> ThreadPoolExecutor:
+    """Helper threads, started as needed and kept; one pool a process, as threads do not survive a fork."""
+    return ThreadPoolExecutor(thread_name_prefix=f"blto-{process}")
