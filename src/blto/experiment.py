@@ -26,9 +26,9 @@ from blto.errors import BltoError, ConfigError
 from blto.evaluation import check_probe
 from blto.files import show
 from blto.models.checkpoints import save_encoder
-from blto.models.encoder import build_encoder
 from blto.outcome import ENCODER, TRIGGER, conclude
 from blto.poisoning import Budget, load_trigger, plan_replacement, save_trigger
+from blto.preflight import check_backbone, check_recipe
 from blto.pretraining.loop import pretrain
 from blto.pretraining.snapshots import SnapshotObserver
 from blto.pretraining.spec import Engine, PretrainingSpec, RecipeSpec, component
@@ -173,28 +173,6 @@ def build_attack(spec: ExperimentSpec, data: Data) -> Attack:
             seed=spec.seed,
         )
     return attack
-
-
-def check_recipe(recipe: PretrainingSpec, images: ImageSet) -> None:
-    """Raises ConfigError where the images are fewer than a batch, or of a size that the backbone does not take."""
-    if recipe.batch_size > len(images):
-        raise ConfigError(
-            f"pretraining.batch_size is {recipe.batch_size}, but there are {len(images)} training images; "
-            "give at most that many."
-        )
-    check_backbone(recipe.backbone, images.image_size, "pretraining.backbone")
-
-
-def check_backbone(backbone: Mapping[str, Any], image_size: int, key: str) -> None:
-    """Build a library's network once: nothing else tells whether it has a classifier to remove or takes such images."""
-    if "/" in backbone["name"]:
-        try:
-            build_encoder(backbone, seed=0, image_size=image_size)
-        except (BltoError, RuntimeError, AssertionError, ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{key}: {backbone['name']} cannot be used on images of {image_size} pixels ({show(error, 100)}); "
-                "give another one."
-            ) from error
 
 
 def say_engine(what: str, recipe: RecipeSpec, images: ImageSet, environment: Environment) -> None:

@@ -36,6 +36,7 @@ from blto.files.paths import safe_join
 from blto.files.text import show
 
 SCHEMA_VERSION = 1
+RESULTS_VERSION = 2  # of stages; raised when the same inputs come to give another result, so that no old one is found
 HEADLINE_PROBE = "linear"
 TOOK_LIFT = 0.5  # an attack "took" when it adds at least this much to the best innocent explanation
 
@@ -206,7 +207,8 @@ class RunStore:
 
     def stage(self, kind: str, inputs: Mapping[str, Any]) -> StageFolder:
         """The folder for one stage's result, made if need be, under the hash of what the result is made from."""
-        path = self.root / "stages" / f"{kind}-{sha256_bytes(canonical_json(dict(inputs)))[:16]}"
+        key = sha256_bytes(canonical_json({"results": RESULTS_VERSION, **inputs}))
+        path = self.root / "stages" / f"{kind}-{key[:16]}"
         make_directory(path)
         return StageFolder(path, kind, dict(inputs))
 

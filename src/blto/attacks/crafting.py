@@ -12,6 +12,7 @@ from blto.attacks.base import Surroundings
 from blto.attacks.bilevel import BilevelOptimisation, BilevelSpec
 from blto.attacks.objective import Similarities
 from blto.data.images import ImageSet
+from blto.data.order import ORDER
 from blto.errors import Diverged, Interrupted
 from blto.files import append_jsonl, canonical_json, sha256_bytes
 from blto.poisoning import Trigger
@@ -70,6 +71,7 @@ def optimise_trigger(
         frozen,
         images.content_hash,
         run.surrogate.arithmetic,
+        ORDER,
     ]
     kept = _Kept(run, surroundings.folder, sha256_bytes(canonical_json(inputs)))
     bar = surroundings.progress.bar("learn the trigger", run.total_steps)

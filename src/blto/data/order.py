@@ -19,6 +19,9 @@ from blto.runtime.kernels import kernel
 ROUNDS = 16
 """After 12, positions and neighbours in sets of 2 to 30 images passed for uniform over 10^6 keys, or nearly."""
 
+ORDER = "feistel-16"
+"""Names this order in the identity of a checkpoint: one begun in another cannot go on in it."""
+
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from blto.data.images import ImageSet, random_access
-from blto.data.order import Rows, permuted
+from blto.data.order import ORDER, Rows, permuted
 from blto.data.view_source import view_source
 from blto.errors import ConfigError, Diverged, Interrupted
 from blto.files import append_jsonl, canonical_json, sha256_bytes
@@ -199,7 +199,7 @@ class _Run:
         self.last_loss = float("nan")
         self._loss = torch.zeros(())
         self._saved_at = time.monotonic()
-        inputs = {"spec": spec.model_dump(mode="json"), "seed": seed, "data": images.content_hash}
+        inputs = {"spec": spec.model_dump(mode="json"), "seed": seed, "data": images.content_hash, "order": ORDER}
         inputs["arithmetic"] = trainer.arithmetic  # the machine that goes on may have another
         self.identity = sha256_bytes(canonical_json(inputs))
 
