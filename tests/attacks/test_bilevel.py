@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_the_aim_and_its_yardsticks_are_those_of_the_last_estimate(monkeypatch: 
 
 
 @pytest.mark.parametrize("changes", [{"target": "pairwise"}, {"batch_norm": "batch"}])
-def test_each_step_brings_its_own_references_where_the_formula_wants_them(changes: dict[str, str]) -> None:
+def test_each_step_brings_its_own_references_where_the_formula_wants_them(changes: dict[str, Any]) -> None:
     run = optimisation(**changes)
     rows = []
     while run.outer_steps < 2:

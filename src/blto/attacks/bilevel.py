@@ -26,6 +26,7 @@ from blto.attacks.objective import Aim, Similarities, similarities, whitening_ba
 from blto.data.images import ImageSet
 from blto.data.views import Array, ViewParameters, Views
 from blto.errors import Diverged
+from blto.models.generators import use_native
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
 from blto.pretraining.loop import batches, build_method
 from blto.pretraining.spec import OptimizerSpec, RecipeSpec
@@ -151,7 +152,7 @@ class BilevelOptimisation:
         self.trajectory: list[dict[str, float]] = []
         self._order: tuple[int, int, Array] = (-1, -1, np.empty(0))
         self.surrogate = self.new_surrogate(0)
-        trigger.to(self.surrogate.fabric.device)
+        use_native(trigger.to(self.surrogate.fabric.device), self.surrogate.method.encoder.native)
 
     @property
     def surrogate_steps(self) -> int:
@@ -234,8 +235,7 @@ class BilevelOptimisation:
                 basis=self.basis,
             )
         parameters = list(self.trigger.parameters())
-        gradients = torch.autograd.grad(-found.triggered, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(-found.triggered, parameters), strict=True):
             parameter.grad = gradient
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
@@ -290,8 +290,8 @@ class BilevelOptimisation:
         if place.is_outer:
             if place.outer_step % OUTER_STEPS_PER_ESTIMATE == 0:
                 self.estimate(self.outer_steps)
-            warmup = place.outer_steps // 6
-            factor = learning_rate_factor(place.outer_step, total_steps=place.outer_steps, warmup_steps=warmup)
+            steps = place.outer_steps
+            factor = learning_rate_factor(place.outer_step, total_steps=steps, warmup_steps=steps // 6)
             found = self.outer_step(self.outer_steps, self.spec.outer_lr * factor)
             self.outer_steps += 1
         else:

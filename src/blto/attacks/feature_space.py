@@ -51,5 +51,5 @@ class FeatureSpace:
     def _embed(self, views: Tensor) -> Tensor:
         method = self.surrogate.method
         with self.surrogate.fabric.autocast():
-            features = method.encoder(views.contiguous(memory_format=torch.channels_last))
+            features = method.encoder(views)
             return (method.project(features) if self.layer == "embeddings" else features).float()

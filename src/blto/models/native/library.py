@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-ABI = 2
+ABI = 3
 """Of `kernels.cpp`: raised there and here when an entry point's arguments change."""
 
 ENTRY_POINTS = (
     "blto_pack_images",
     "blto_pack_images_backward",
+    "blto_squash_forward",
+    "blto_squash_backward",
     "blto_conv_forward",
     "blto_conv_backward",
     "blto_merge_forward",
