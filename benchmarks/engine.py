@@ -17,18 +17,20 @@ from lightly.utils.benchmarking import knn_predict as lightly_knn
 from torch import nn
 
 from benchmarks import peers, timing
-from blto.attacks.bilevel import BilevelOptimisation, BilevelSpec
+from blto.attacks.bilevel import OUTER_STEPS_PER_ESTIMATE, BilevelOptimisation, BilevelSpec
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.data import load
 from blto.data.images import ImageSet
 from blto.evaluation import extract
 from blto.evaluation.probes import knn_predict
 from blto.files import write_json
+from blto.files.yaml import load_yaml
 from blto.models.encoder import build_encoder
 from blto.models.native.library import find_kernels
 from blto.runtime.device import processor_name
 
 RESULT = Path(__file__).parent / "results" / "engine.json"
+CPU_RECIPE = Path(__file__).parents[1] / "configs" / "cifar10-cpu.yaml"
 
 
 def training(images: ImageSet, width: int, batch_size: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -62,22 +64,28 @@ def views(images: ImageSet, threads: int, rounds: int) -> dict[str, Any]:
 
 
 def bilevel(images: ImageSet, rounds: int) -> dict[str, Any]:
-    """A BLTO round (an inner and an outer step of the CPU recipe's sizes) against an inner step alone, same batch."""
-    recipe = {"method": "simclr", "backbone": {"name": "small_resnet", "width": 32}, "batch_size": 128}
-    spec = BilevelSpec.model_validate({"surrogate": recipe, "outer_batch_size": 128, "similarity": "centred"})
-    trigger = fresh_generator_trigger({"name": "unet"}, 8 / 255, "residual", seed=0)
-    run = BilevelOptimisation(trigger, images, spec, target_class=9, poison_rate=0.01, seed=0)
+    """A BLTO round (inner and outer step of the CPU recipe, batches of one size) against an inner step alone."""
+    recipe = load_yaml(CPU_RECIPE)["attack"]
+    batch_size = recipe["bilevel"]["surrogate"]["batch_size"]
+    alternating = {"rounds": 10**6, "reinitialise_every": 10**6, "inner_steps": 1, "outer_steps": 1}
+    spec = BilevelSpec.model_validate({**recipe["bilevel"], **alternating, "outer_batch_size": batch_size})
 
-    def inner() -> int:
-        for _ in range(20):
-            run.inner_step()
-        return 20
+    def new_run() -> BilevelOptimisation:
+        trigger = fresh_generator_trigger(recipe["generator"], 8 / 255, "residual", seed=0)
+        attack = {"target_class": recipe["target_class"], "poison_rate": recipe["poison_rate"]}
+        return BilevelOptimisation(trigger, images, spec, **attack, seed=0)
+
+    alternation, surrogate = new_run(), new_run()
 
     def both() -> int:
-        for number in range(20):
-            run.inner_step()
-            run.outer_step(number, 1e-3)
-        return 20
+        for _ in range(2 * OUTER_STEPS_PER_ESTIMATE):  # so that each turn has its share of estimates
+            alternation.step()
+        return OUTER_STEPS_PER_ESTIMATE
+
+    def inner() -> int:
+        for _ in range(OUTER_STEPS_PER_ESTIMATE):
+            surrogate.inner_step()
+        return OUTER_STEPS_PER_ESTIMATE
 
     return summary(
         "BLTO round (here ours), steps a second",

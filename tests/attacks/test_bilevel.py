@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from blto.attacks import ATTACKS, crafting
+from blto.attacks import ATTACKS, bilevel, crafting
 from blto.attacks.base import Surroundings, poison_with
-from blto.attacks.bilevel import BilevelOptimisation
+from blto.attacks.bilevel import CLEAN_IMAGES, REFERENCE_IMAGES, BilevelOptimisation
 from blto.attacks.blto import BLTO
 from blto.attacks.objective import similarities, whitening_basis
 from blto.attacks.untrained_generator import fresh_generator_trigger
@@ -56,6 +57,62 @@ def test_the_objective_on_features_made_by_hand() -> None:
     seen = similarities(*shifted, centred=True, centroid=True)
     assert seen.clean == pytest.approx(0, abs=1e-3)
     assert seen.triggered > 0.7
+
+
+def test_an_aim_taken_once_is_that_of_each_step_where_the_features_are_the_same() -> None:
+    """For whitened features; the formula is written out here."""
+    run = optimisation()
+    run.estimate(7)
+    assert run.aim is not None
+    assert run.basis is not None
+    clean = run._sample("basis", 7, np.arange(len(IMAGES)), CLEAN_IMAGES)
+    references = run._sample("aim", 7, run.references, REFERENCE_IMAGES)
+    assert len(clean) == 40
+    assert len(references) == 10
+    triggered = torch.rand_like(clean)
+    once = run.aim.similarities(triggered, run.basis)
+    each = similarities(triggered, references, clean, centred=True, centroid=True, basis=run.basis)
+    centre = (clean @ run.basis).mean(dim=0)
+    sides = [torch.nn.functional.normalize(f @ run.basis - centre, dim=1) for f in (triggered, clean, references)]
+    goal = sides[2].mean(dim=0) / sides[2].mean(dim=0).norm()
+    for found in (once, each):
+        values = [float(value) for value in (found.triggered, found.clean, found.target)]
+        assert values == pytest.approx([float((side @ goal).mean()) for side in sides], abs=1e-6)
+
+
+def test_the_aim_and_its_yardsticks_are_those_of_the_last_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bilevel, "OUTER_STEPS_PER_ESTIMATE", 3)
+    run = optimisation(rounds=8, reinitialise_every=4)
+    run.step()  # makes the first surrogate
+    embedded: list[int] = []
+    run.surrogate.method.encoder.register_forward_pre_hook(lambda _, given: embedded.append(len(given[0])))
+    rows, aims, sizes = [], [], []
+    while run.period == 0 and run.outer_steps < 4:
+        embedded.clear()
+        if (found := run.step()) is not None:
+            rows.append((float(found.clean), float(found.target)))
+            aims.append(run.aim)
+            sizes.append(list(embedded))
+    assert sizes == [[40, 10, 8], [8], [8], [40, 10, 8]], "between estimates the triggered views alone are embedded"
+    assert rows[0] == rows[1] == rows[2] != rows[3]
+    assert aims[0] is aims[1] is aims[2] is not aims[3]
+    run.step()
+    while not run.place().is_outer:
+        run.step()
+    run.step()
+    assert run.aim is not aims[3], "the second surrogate was met with the aim of the first"
+
+
+@pytest.mark.parametrize("changes", [{"target": "pairwise"}, {"batch_norm": "batch"}])
+def test_each_step_brings_its_own_references_where_the_formula_wants_them(changes: dict[str, Any]) -> None:
+    run = optimisation(**changes)
+    rows = []
+    while run.outer_steps < 2:
+        if (found := run.step()) is not None:
+            rows.append((float(found.clean), float(found.target)))
+    assert run.aim is None
+    assert run.basis is not None
+    assert rows[0] != rows[1]
 
 
 def test_only_the_triggered_side_carries_a_gradient() -> None:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blto.models import generators
 from blto.models.backbones import ResNet
 from blto.models.encoder import Encoder
+from blto.models.native import images as native_images
 from blto.models.native import library, ops, resnet
 from blto.models.native.batch_norm import batch_norm_affine
 
@@ -31,6 +33,13 @@ def unblocked(x: Tensor, height: int) -> Tensor:
     """The way back, float32."""
     blocks, pixels, _, half, _, _ = x.shape
     return x.float().permute(0, 2, 4, 3, 5, 1).reshape(blocks * 32, 2 * half, height, pixels // height)
+
+
+def images_of_cells(x: Tensor, cell: int) -> Tensor:
+    """(N, 4 cell^2, h, w) in the order of packed cells -> (N, 3, cell h, cell w)."""
+    n, _, height, width = x.shape
+    by_colour = x.reshape(n, cell * cell, 4, height, width)[:, :, :3].transpose(1, 2)
+    return F.pixel_shuffle(by_colour.reshape(n, -1, height, width), cell)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -116,7 +125,7 @@ def test_a_merge_and_all_its_gradients_are_torchs(shortcut: str) -> None:
 
 
 @needs_kernels
-def test_pooling_and_packing_are_torchs() -> None:
+def test_pooling_is_torchs() -> None:
     x = numbers(64, 32, 4, 4)
     packed = blocked(x).requires_grad_()
     features = ops.pool(ops.Map(packed, 4, 4))
@@ -125,10 +134,60 @@ def test_pooling_and_packing_are_torchs() -> None:
     (got,) = torch.autograd.grad((features * d_out).sum(), packed)
     assert error(unblocked(got, 4), (d_out / 16)[:, :, None, None].expand(64, 32, 4, 4)) < 5e-3
 
-    images, mean, std = torch.rand(32, 3, 4, 8), torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 2.0])
-    found = unblocked(ops.pack_images(images, mean, std).y, 4)
-    assert error(found[:, :3], (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)) < 5e-3
-    assert not found[:, 3].any()
+
+@needs_kernels
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("cell", [1, 2, 4])
+def test_images_are_packed_cell_by_cell_and_their_gradient_comes_back(cell: int, memory: torch.memory_format) -> None:
+    images = torch.rand(64, 3, 8, 16).contiguous(memory_format=memory).requires_grad_()
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 2.0])
+    normalised = (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    packed = native_images.pack_images(images, mean, std, cell=cell)
+    assert (packed.height, packed.width) == (8 // cell, 16 // cell)
+    found = unblocked(packed.y, packed.height)
+    assert error(images_of_cells(found, cell), normalised) < 5e-3
+    assert not found[:, 3::4].any()
+    d_out = numbers(*packed.y.shape)
+    (got,) = torch.autograd.grad(packed.y, images, d_out.bfloat16())
+    by_pixel = images_of_cells(unblocked(d_out, packed.height), cell)
+    assert error(got, by_pixel / std.view(1, 3, 1, 1)) < 1e-6
+    assert got.is_contiguous(memory_format=memory)
+
+
+@needs_kernels
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_squashing_is_the_generators_with_its_gradient(memory: torch.memory_format) -> None:
+    cells = numbers(64, 16, 4, 8)
+    cells[:, 3::4] = 0
+    raw = images_of_cells(cells, 2).requires_grad_()
+    expected = generators.squash(raw, 2.0)
+    d_out = torch.randn_like(expected).contiguous(memory_format=memory)
+    (wanted,) = torch.autograd.grad(expected, raw, d_out)
+    packed = blocked(cells).requires_grad_()
+    found = native_images.squash(ops.Map(packed, 4, 8), 2.0, cell=2)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    (got,) = torch.autograd.grad(found, packed, d_out)
+    assert error(images_of_cells(unblocked(got, 4), 2), wanted) < 5e-3
+    assert not unblocked(got, 4)[:, 3::4].any()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("stride", "enlarged"), [(1, 1), (2, 1), (1, 2)])
+def test_a_convolution_with_bias_sees_the_map_enlarged(stride: int, enlarged: int) -> None:
+    x, bias = numbers(32, 32, 4, 6).requires_grad_(), numbers(16, seed=2).requires_grad_()
+    weight = (numbers(16, 32, 3, 3, seed=1) / 8).requires_grad_()
+    larger = F.interpolate(x, scale_factor=enlarged, mode="nearest")
+    expected = F.relu(F.conv2d(larger, weight, bias, stride=stride, padding=1))
+    d_out = numbers(*expected.shape, seed=3)
+    wanted = torch.autograd.grad(expected, [x, weight, bias], d_out)
+    packed = blocked(x).requires_grad_()
+    found, _ = ops.convolve(ops.Map(packed, 4, 6), weight, bias, stride=stride, enlarged=enlarged)
+    assert (found.height, found.width) == expected.shape[2:]
+    out = ops.activate(found).y
+    assert error(unblocked(out, found.height), expected) < 1e-2
+    got = torch.autograd.grad(out, [packed, weight, bias], blocked(d_out))
+    for one, other in zip((unblocked(got[0], 4), *got[1:]), wanted, strict=True):
+        assert error(one, other) < 0.05  # a rounded value near 0 may fall on the other side of the ReLU
 
 
 def nets(widths: tuple[int, ...], stem_stride: int) -> tuple[Encoder, Encoder, Encoder]:

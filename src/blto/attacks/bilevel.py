@@ -14,7 +14,6 @@ the defaults are ours.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -22,10 +21,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from blto.attacks.objective import Similarities, batch_statistics, held, similarities, whitening_basis
+from blto.attacks.feature_space import FeatureSpace
+from blto.attacks.objective import Aim, Similarities, similarities, whitening_basis
 from blto.data.images import ImageSet
-from blto.data.views import Views
+from blto.data.views import Array, ViewParameters, Views
 from blto.errors import Diverged
+from blto.models.generators import use_native
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
 from blto.pretraining.loop import batch_rows, build_method
 from blto.pretraining.spec import OptimizerSpec, RecipeSpec
@@ -33,9 +34,10 @@ from blto.pretraining.trainer import Trainer, learning_rate_factor
 from blto.runtime.distributed import require_one_process
 from blto.runtime.seeds import numpy_generator, stream_seed
 
-OUTER_STEPS_PER_BASIS = 50
-"""How often within a period the whitening follows the surrogate, and from how many images."""
-BASIS_IMAGES = 1024
+OUTER_STEPS_PER_ESTIMATE = 50
+"""How often within a period the whitening and the aim at a centroid follow the surrogate."""
+CLEAN_IMAGES, REFERENCE_IMAGES = 1024, 512
+"""From how many views of each."""
 
 
 class BilevelSpec(BaseModel):
@@ -49,14 +51,16 @@ class BilevelSpec(BaseModel):
         warm_start_steps: surrogate steps after each (re-)initialisation before the trigger moves.
         surrogate: method, backbone, views and optimiser of the attacker's own victim (paper: SimSiam, ResNet-18).
         inner_poison_rate: poisoned share of the surrogate's data; None is the attack's own poison rate.
-        outer_batch_size: images x, and as many reference images, an outer step.
+        outer_batch_size: images x, and as many references and clean views where a step takes its own, an outer step.
         outer_lr: peak learning rate of Adam on the trigger; in each period it rises over the first sixth of the steps,
             without which the generator often stands still for hundreds of them, and falls to zero along half a cosine.
         similarity: "raw" is the cosine of features, the paper's; "centred" subtracts the mean feature of clean images
             first, since features after a ReLU all point the same way; "whitened" also evens out the variance of the
             directions, so that the trigger aims at what sets the target class apart.
         shrinkage: of "whitened", as in `objective.whitening_basis`.
-        target: "pairwise" pairs each x with one reference image; "centroid" aims at the references' mean direction.
+        target: "pairwise" pairs each x with one reference image, drawn anew in each step; "centroid" aims at the
+            references' mean direction. That belongs to the surrogate and not to a batch, so with the mean clean feature
+            it is estimated from many images every 50 outer steps (with `batch_norm` "batch" in each step).
         feature_layer: the encoder's "features", or the projector's "embeddings" that the surrogate's loss compares.
         batch_norm: of the surrogate in outer steps: "eval" uses its running statistics, "batch" those of the triggered,
             reference and clean views together.
@@ -100,6 +104,8 @@ class BilevelOptimisation:
         position: steps taken, inner and outer.
         outer_steps: those of the trigger among them.
         period: which surrogate, from 0, is at hand.
+        basis: the whitening, (D, D), of the last estimate; None where there is none.
+        aim: where the target class lies in that basis; None where each step brings its own references.
 
     Args:
         trigger: what is learned; trained in place.
@@ -144,9 +150,10 @@ class BilevelOptimisation:
         self.optimizer = torch.optim.Adam(trigger.parameters(), lr=spec.outer_lr)
         self.position = self.outer_steps = self.period = 0
         self.basis: Tensor | None = None
+        self.aim: Aim | None = None
         self.trajectory: list[dict[str, float]] = []
         self.surrogate = self.new_surrogate(0)
-        trigger.to(self.surrogate.fabric.device)
+        use_native(trigger.to(self.surrogate.fabric.device), self.surrogate.method.encoder.native)
 
     @property
     def surrogate_steps(self) -> int:
@@ -208,68 +215,67 @@ class BilevelOptimisation:
         draw = numpy_generator(self.seed, "trigger", "outer", number)
         size = self.spec.outer_batch_size
         rows = draw.choice(len(self.images), size, replace=len(self.images) < size)
-        references = draw.choice(self.references, size, replace=len(self.references) < size)
-        seed, device = stream_seed(self.seed, "trigger", "outer views"), self.surrogate.fabric.device
-        view, reference_view = (
-            self.views.draw(seed=seed, epoch=number, samples=r, view=v) for v, r in enumerate((rows, references))
-        )
+        device = self.surrogate.fabric.device
+        view = self._drawn("outer views", number, rows)
         self.trigger.train()
-        clean_images = torch.from_numpy(self.images.images[rows]).to(device).float() / 255
+        images = torch.from_numpy(self.images.images[rows]).to(device).float() / 255
         with self.surrogate.fabric.autocast():
-            triggered = self.views.differentiable(self.trigger(clean_images).float(), view)
-        found = similarities(
-            *self._features(
-                triggered,
-                self.views.fast(self.images.images, references, reference_view).to(device),
-                self.views.fast(self.images.images, rows, view).to(device),
-            ),
-            centred=self.spec.similarity != "raw",
-            centroid=self.spec.target == "centroid",
-            basis=self.basis,
-        )
+            triggered = self.views.differentiable(self.trigger(images).float(), view)
+        if self.aim is not None:
+            found = self.aim.similarities(self.features.differentiable(triggered), self.basis)
+        else:
+            references = draw.choice(self.references, size, replace=len(self.references) < size)
+            reference_view = self._drawn("outer views", number, references, view=1)
+            sides = (self.views.fast(self.images.images, *of) for of in ((references, reference_view), (rows, view)))
+            found = similarities(
+                *self.features.together(triggered, *(views.to(device) for views in sides)),
+                centred=self.spec.similarity != "raw",
+                centroid=self.spec.target == "centroid",
+                basis=self.basis,
+            )
         parameters = list(self.trigger.parameters())
-        gradients = torch.autograd.grad(-found.triggered, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(-found.triggered, parameters), strict=True):
             parameter.grad = gradient
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.trigger.keep_within_budget()
         return Similarities(found.triggered.detach(), found.clean, found.target)
 
-    def _features(self, triggered: Tensor, references: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of the three batches of views in the layer, and with the batch norm, that the spec names."""
-        if self.spec.batch_norm == "batch":
-            with batch_statistics(self.surrogate.method):
-                first, second, third = self._embed(torch.cat((triggered, references, clean))).chunk(3)
-            return first, second, third
-        self.surrogate.method.eval()
-        with torch.no_grad():
-            second, third = self._embed(torch.cat((references, clean))).chunk(2)
-        with held(self.surrogate.method):
-            return self._embed(triggered), second, third
+    @property
+    def features(self) -> FeatureSpace:
+        """Of the surrogate as it stands."""
+        return FeatureSpace(self.surrogate, self.spec.feature_layer, self.spec.batch_norm)
 
-    def _embed(self, views: Tensor) -> Tensor:
-        method = self.surrogate.method
-        with self.surrogate.fabric.autocast():
-            features = method.encoder(views.contiguous(memory_format=torch.channels_last))
-            return (method.project(features) if self.spec.feature_layer == "embeddings" else features).float()
+    def _drawn(self, purpose: str, number: int, rows: Array, view: int = 0) -> ViewParameters:
+        seed = stream_seed(self.seed, "trigger", purpose)
+        return self.views.draw(seed=seed, epoch=number, samples=rows, view=view)
 
-    def _clean_basis(self, number: int) -> Tensor:
-        """The whitening basis of clean images' views on the surrogate as it stands."""
-        draw = numpy_generator(self.seed, "trigger", "basis", number)
-        rows = draw.choice(len(self.images), min(BASIS_IMAGES, len(self.images)), replace=False)
-        seed = stream_seed(self.seed, "trigger", "basis views")
-        view = self.views.draw(seed=seed, epoch=number, samples=rows, view=0)
-        method, views = self.surrogate.method, self.views.fast(self.images.images, rows, view)
-        method.eval()
-        with torch.no_grad(), batch_statistics(method) if self.spec.batch_norm == "batch" else nullcontext():
-            features = self._embed(views.to(self.surrogate.fabric.device))
-        if not torch.isfinite(features).all():
-            raise Diverged(
-                f"the surrogate's features hold NaN or Inf at step {self.position} of {self.total_steps}; "
-                "lower surrogate.optimizer.lr."
-            )
-        return whitening_basis(features, self.spec.shrinkage)
+    def estimate(self, number: int) -> None:
+        """Take basis and aim, where the spec wants them, from the surrogate as it stands; `number` fixes the draws.
+
+        Raises:
+            Diverged: a feature is NaN or Inf.
+        """
+        spec = self.spec
+        whitened, aimed = spec.similarity == "whitened", spec.target == "centroid" and spec.batch_norm == "eval"
+        if whitened or aimed:
+            clean = self._sample("basis", number, np.arange(len(self.images)), CLEAN_IMAGES)
+        if whitened:
+            self.basis = whitening_basis(clean, spec.shrinkage)
+        if aimed:
+            references = self._sample("aim", number, self.references, REFERENCE_IMAGES)
+            self.aim = Aim.at(references, clean, centred=spec.similarity != "raw", basis=self.basis)
+
+    def _sample(self, purpose: str, number: int, rows: Array, count: int) -> Tensor:
+        """Features of views of `count` of the rows, or of all if there are fewer."""
+        drawn = numpy_generator(self.seed, "trigger", purpose, number)
+        rows = drawn.choice(rows, min(count, len(rows)), replace=False)
+        views = self.views.fast(self.images.images, rows, self._drawn(f"{purpose} views", number, rows))
+        features = self.features.fixed(views.to(self.surrogate.fabric.device))
+        if torch.isfinite(features).all():
+            return features
+        where = f"at step {self.position} of {self.total_steps}"
+        raise Diverged(f"the surrogate's features hold NaN or Inf {where}; lower surrogate.optimizer.lr.")
 
     def step(self) -> Similarities | None:
         """(Re-initialise the surrogate where it is time and) take the next inner or outer step.
@@ -281,10 +287,10 @@ class BilevelOptimisation:
         if place.starts:
             self.period, self.surrogate = place.period, self.new_surrogate(place.period)
         if place.is_outer:
-            if self.spec.similarity == "whitened" and place.outer_step % OUTER_STEPS_PER_BASIS == 0:
-                self.basis = self._clean_basis(self.outer_steps)
-            warmup = place.outer_steps // 6
-            factor = learning_rate_factor(place.outer_step, total_steps=place.outer_steps, warmup_steps=warmup)
+            if place.outer_step % OUTER_STEPS_PER_ESTIMATE == 0:
+                self.estimate(self.outer_steps)
+            steps = place.outer_steps
+            factor = learning_rate_factor(place.outer_step, total_steps=steps, warmup_steps=steps // 6)
             found = self.outer_step(self.outer_steps, self.spec.outer_lr * factor)
             self.outer_steps += 1
         else:

@@ -10,7 +10,7 @@ import torch
 
 from blto.attacks.base import Surroundings
 from blto.attacks.bilevel import BilevelOptimisation, BilevelSpec
-from blto.attacks.objective import Similarities
+from blto.attacks.objective import Aim, Similarities
 from blto.data.images import ImageSet
 from blto.data.order import ORDER
 from blto.errors import Diverged, Interrupted
@@ -45,7 +45,8 @@ def optimise_trigger(
     """Run the whole loop, resumably; trains `trigger` in place and returns its trajectory.
 
     Each row: `step` (outer steps done), `period` (which surrogate, from 0), and `trigger`, `clean` and `target`: the
-    mean cosine to the target of that step's views, on the surrogate.
+    mean cosine to the target on the surrogate; of that step's views, or, for the latter two and a target "centroid", of
+    the last estimate's.
 
     Raises:
         ConfigError: a target class or poison rate that the data do not have.
@@ -161,6 +162,8 @@ class _Kept:
             }
             if run.basis is not None:
                 state["basis"] = run.basis
+            if run.aim is not None:
+                state |= checkpoint.prefixed("aim", run.aim._asdict())
             facts = {key: getattr(run, key) for key in FACTS}
             checkpoint.save_checkpoint(self.folder / CHECKPOINT, state, identity=self.identity, facts=facts)
         self._saved_at = time.monotonic()
@@ -175,7 +178,10 @@ class _Kept:
             for key in FACTS:
                 setattr(run, key, facts[key])
             run.surrogate = run.new_surrogate(run.period)
+            device = run.surrogate.fabric.device
             if "basis" in state:
-                run.basis = state["basis"].to(run.surrogate.fabric.device)
+                run.basis = state["basis"].to(device)
+            if aim := checkpoint.without_prefix("aim", state):
+                run.aim = Aim(**{name: tensor.to(device) for name, tensor in aim.items()})
             checkpoint.restore_trainer(run.surrogate, checkpoint.without_prefix("surrogate", state))
             run.surrogate_images[run.is_poisoned] = state["surrogate_images"].numpy()

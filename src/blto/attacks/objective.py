@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,41 @@ class Similarities:
     triggered: Tensor
     clean: Tensor
     target: Tensor
+
+
+class Aim(NamedTuple):
+    """Where the target class lies, with the two yardsticks: of one batch, or of a larger sample for many batches.
+
+    Attributes:
+        centre: (D,), subtracted from features in the basis; the mean of clean ones, or 0.
+        goal: (D,) of length 1, the references' mean direction from there.
+        clean, target: the mean cosine of clean and of reference features to it.
+    """
+
+    centre: Tensor
+    goal: Tensor
+    clean: Tensor
+    target: Tensor
+
+    @classmethod
+    def at(cls, references: Tensor, clean: Tensor, *, centred: bool, basis: Tensor | None = None) -> Self:
+        """From features (N, D) of reference and (M, D) of clean images; see `similarities`. No gradient is kept."""
+        references, clean = (_seen_in(basis, features.detach()) for features in (references, clean))
+        centre = clean.mean(dim=0) if centred else torch.zeros_like(clean[0])
+        goal = F.normalize(F.normalize(references - centre, dim=1).mean(dim=0), dim=0)
+        return cls(centre, goal, *(_cosines(features, centre, goal) for features in (clean, references)))
+
+    def similarities(self, triggered: Tensor, basis: Tensor | None = None) -> Similarities:
+        """Of features (B, D) of triggered images, through which the gradient flows; `basis` as it was for `at`."""
+        return Similarities(_cosines(_seen_in(basis, triggered), self.centre, self.goal), self.clean, self.target)
+
+
+def _seen_in(basis: Tensor | None, features: Tensor) -> Tensor:
+    return features if basis is None else features @ basis
+
+
+def _cosines(features: Tensor, centre: Tensor, goal: Tensor) -> Tensor:
+    return (F.normalize(features - centre, dim=1) @ goal).mean()
 
 
 def similarities(
@@ -38,14 +74,11 @@ def similarities(
         centroid: compare with the references' mean direction instead of one reference each.
         basis: (D, D), multiplied from the right first; that of `whitening_basis` turns the cosine into a discriminant.
     """
-    references, clean = references.detach(), clean.detach()
-    if basis is not None:
-        triggered, references, clean = (features @ basis for features in (triggered, references, clean))
+    if centroid:
+        return Aim.at(references, clean, centred=centred, basis=basis).similarities(triggered, basis)
+    triggered, references, clean = (_seen_in(basis, f) for f in (triggered, references.detach(), clean.detach()))
     centre = clean.mean(dim=0) if centred else torch.zeros_like(clean[0])
     triggered, references, clean = (F.normalize(f - centre, dim=1) for f in (triggered, references, clean))
-    if centroid:
-        goal = F.normalize(references.mean(dim=0, keepdim=True), dim=1)
-        return Similarities(*((f * goal).sum(dim=1).mean() for f in (triggered, clean, references)))
     return Similarities(
         (triggered * references).sum(dim=1).mean(),
         (clean * references).sum(dim=1).mean(),

@@ -34,5 +34,6 @@ GENERATORS: Registry[nn.Module] = Registry(
     {
         "resnet": "blto.models.generators:ResNetGenerator",
         "unet": "blto.models.generators:UNetGenerator",
+        "hourglass": "blto.models.generators:HourglassGenerator",
     },
 )

@@ -35,16 +35,17 @@ class _BatchNormAffine(torch.autograd.Function):
         return torch.stack((d_mean, d_variance)) / ctx.count, through_scale, d_shift, None, None
 
 
-def batch_norm_affine(norm: nn.BatchNorm2d, sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def batch_norm_affine(norm: nn.BatchNorm2d, sums: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """Scale and shift of a batch norm from the per-channel sums (2, C) of its input and of its square over `count`.
 
-    In training mode it moves the running statistics as torch does.
+    In training mode it moves the running statistics as torch does; in evaluation it needs no sums.
     """
     if not norm.training:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return scale, norm.bias - norm.running_mean * scale
+    assert sums is not None
     scale, shift, mean, variance = _BatchNormAffine.apply(sums, norm.weight, norm.bias, norm.eps, count)
     if norm.track_running_stats:
         move_running_statistics(norm, mean, variance, count)

@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 namespace {
 
@@ -92,6 +93,24 @@ inline void transpose(__m512i r[16]) {
 
 // NaN stays NaN: the instruction returns its second operand where either is.
 inline __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+
+// A rational approximation that is exact to a few units in the last place of a float; NaN stays NaN.
+inline __m512 tanh(__m512 v) {
+  const __m512 limit = _mm512_set1_ps(7.90531110763549805f);
+  const __m512 x = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, v));
+  const __m512 z = _mm512_mul_ps(x, x);
+  auto polynomial = [&](std::initializer_list<float> coefficients) {
+    __m512 sum = _mm512_setzero_ps();
+    for (float coefficient : coefficients) sum = _mm512_fmadd_ps(sum, z, _mm512_set1_ps(coefficient));
+    return sum;
+  };
+  const __m512 above = polynomial({-2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f,
+                                   5.12229709037114e-08f, 1.48572235717979e-05f, 6.37261928875436e-04f,
+                                   4.89352455891786e-03f});
+  const __m512 below =
+      polynomial({1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f});
+  return _mm512_div_ps(_mm512_mul_ps(x, above), below);
+}
 
 inline __m512i load(const bf16* p) { return _mm512_loadu_si512(p); }
 inline void store(bf16* p, __m512i v) { _mm512_storeu_si512(p, v); }
@@ -187,7 +206,8 @@ void images_in_rows(const bf16* y, Affine affine, int pixels, int channels, bf16
 }
 
 // G = dy + d1 + 2 y d2, as it lies (`plain`) and with image pairs down and channels across (`turned`):
-// turned[pixel][channel / 16][16 image pairs][16 channels][2 images]. Null d1: G = dy.
+// turned[pixel][channel / 16][16 image pairs][16 channels][2 images]. Null d1: G = dy. Null `plain` or `turned`: not
+// wanted.
 void gradient_block(const bf16* dy, const bf16* y, const float* d1, const float* d2, int pixels, int channels,
                     bf16* plain, bf16* turned) {
   const int half = channels / 2;
@@ -215,6 +235,7 @@ void gradient_block(const bf16* dy, const bf16* y, const float* d1, const float*
         r[2 * j] = even_images(g[0], g[1]);
         r[2 * j + 1] = odd_images(g[0], g[1]);
       }
+      if (!turned) continue;
       transpose(r);
       for (int j = 0; j < 16; ++j) store(turned + at + size_t(k) * BLOCK + j * ROW, r[j]);
     }
@@ -324,6 +345,16 @@ void forward_block(const bf16* source, const Pairs& pairs, int targets, const bf
                    int outputs, bf16* out, float* sums, float* squares) {
   alignas(64) float s[32][16], q[32][16];
   auto epilogue = [&](int k, int pixel, const float* acc) {
+    if (!sums) {
+      for (int m = 0; m < M; ++m)
+        for (int j = 0; j < 16; j += 2)
+          for (int group = 0; group < 2; ++group) {
+            const float* rows = acc + (2 * m + group) * 256 + j * 16;
+            store(out + (size_t(pixel) * 2 + group) * outputs * GROUP + size_t(k + 16 * m + j) * GROUP,
+                  pack(_mm512_load_ps(rows), _mm512_load_ps(rows + 16)));
+          }
+      return;
+    }
     if (pixel == 0) std::memset(s, 0, sizeof s), std::memset(q, 0, sizeof q);
     for (int m = 0; m < M; ++m)
       for (int j = 0; j < 16; j += 2) {
@@ -350,8 +381,8 @@ void forward_block(const bf16* source, const Pairs& pairs, int targets, const bf
 }
 
 // The gradient at a convolution's input. With an activation on load, it goes on through ReLU and scale to y, and to the
-// scale and shift themselves; without one (null scale) it is stored as it is, with `extra` (null: none) added: the
-// gradient that x receives from elsewhere.
+// scale and shift themselves (null d_scale: not wanted); without one (null scale) it is stored as it is. `extra` (null:
+// none) is added: the gradient that x receives from elsewhere.
 template <int M>
 void backward_block(const bf16* gradient, const Pairs& pairs, int targets, const bf16* weights, int taps, int outputs,
                     int inputs, const bf16* y, Affine affine, const bf16* extra, bf16* out, float* d_scale,
@@ -375,10 +406,12 @@ void backward_block(const bf16* gradient, const Pairs& pairs, int targets, const
             const __m512 z1 = _mm512_fmadd_ps(y1, s1, _mm512_set1_ps(affine.shift[c + r + 1]));
             g0 = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z0, zero, _CMP_GT_OQ), g0);
             g1 = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z1, zero, _CMP_GT_OQ), g1);
-            _mm512_store_ps(ds[r], _mm512_fmadd_ps(g0, y0, _mm512_load_ps(ds[r])));
-            _mm512_store_ps(ds[r + 1], _mm512_fmadd_ps(g1, y1, _mm512_load_ps(ds[r + 1])));
-            _mm512_store_ps(db[r], _mm512_add_ps(g0, _mm512_load_ps(db[r])));
-            _mm512_store_ps(db[r + 1], _mm512_add_ps(g1, _mm512_load_ps(db[r + 1])));
+            if (d_scale) {
+              _mm512_store_ps(ds[r], _mm512_fmadd_ps(g0, y0, _mm512_load_ps(ds[r])));
+              _mm512_store_ps(ds[r + 1], _mm512_fmadd_ps(g1, y1, _mm512_load_ps(ds[r + 1])));
+              _mm512_store_ps(db[r], _mm512_add_ps(g0, _mm512_load_ps(db[r])));
+              _mm512_store_ps(db[r + 1], _mm512_add_ps(g1, _mm512_load_ps(db[r + 1])));
+            }
             g0 = _mm512_mul_ps(g0, s0), g1 = _mm512_mul_ps(g1, s1);
           }
           if (extra) {
@@ -387,7 +420,7 @@ void backward_block(const bf16* gradient, const Pairs& pairs, int targets, const
           }
           store(out + at, pack(g0, g1));
         }
-    if (affine.scale && pixel == targets - 1)
+    if (affine.scale && d_scale && pixel == targets - 1)
       for (int r = 0; r < 16 * M; ++r) {
         d_scale[c + r] = _mm512_reduce_add_ps(_mm512_load_ps(ds[r]));
         d_shift[c + r] = _mm512_reduce_add_ps(_mm512_load_ps(db[r]));
@@ -452,10 +485,41 @@ inline bf16 rounded(float value) {
   return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Where input c (of 32) of a window stands in the weights of a 3x3 convolution of RGB images; -1: nowhere.
+int window_weight(int c) {
+  const int pair = c / 2, second = c % 2;
+  const int colour = pair < 9 ? second : 2, tap = pair < 9 ? pair : 2 * (pair - 9) + second;
+  return tap < 9 ? colour * 9 + tap : -1;
+}
+
+// A convolution's weights as the rows and columns of a product: element (row, column, tap), taps side by side. The
+// 27 inputs of windows are the columns, or where `turned` the rows.
+struct Weights {
+  const float* first;
+  int row_stride, column_stride;
+  bool windows, turned;
+
+  // `count` (16 or 32) columns of one row, rounded to nearest even.
+  void round(int row, int column, int count, int tap, bf16* out) const {
+    if (windows) {
+      for (int i = 0; i < count; ++i) {
+        const int at = window_weight(turned ? row : column + i);
+        out[i] = at < 0 ? 0 : rounded(first[size_t(turned ? column + i : row) * 27 + at]);
+      }
+      return;
+    }
+    const __m512i steps = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                             _mm512_set1_epi32(column_stride));
+    for (int i = 0; i < count; i += 16) {
+      const float* from = first + size_t(row) * row_stride + size_t(column + i) * column_stride + tap;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                          (__m256i)_mm512_cvtneps_pbh(_mm512_i32gather_ps(steps, from, 4)));
+    }
+  }
+};
+
 // Weights as left operands: [k / (16 M)][tap][depth chunk][M][16 k][up to 32 c], rows 64 bytes apart.
-// element(k, c, tap) reads the weight.
-template <class Element>
-void pack_weights(int taps, int inputs, int outputs, bf16* out, Element element) {
+void pack_weights(int taps, int inputs, int outputs, bf16* out, const Weights& weights) {
   const int depth = std::min(inputs, 32), chunks = inputs / depth, m = outputs % 32 ? 1 : 2;
 #pragma omp parallel for collapse(2)
   for (int panel = 0; panel < outputs / (16 * m); ++panel)
@@ -463,15 +527,70 @@ void pack_weights(int taps, int inputs, int outputs, bf16* out, Element element)
       for (int chunk = 0; chunk < chunks; ++chunk)
         for (int k = 0; k < 16 * m; ++k) {
           bf16* row = out + ((((size_t(panel) * taps + tap) * chunks + chunk) * m + k / 16) * 16 + k % 16) * ROW;
-          for (int c = 0; c < depth; ++c) row[c] = rounded(element(panel * 16 * m + k, chunk * depth + c, tap));
+          weights.round(panel * 16 * m + k, chunk * depth, depth, tap, row);
         }
 }
 
-// Where input c (of 32) of a window stands in the weights of a 3x3 convolution of RGB images; -1: nowhere.
-int window_weight(int c) {
-  const int pair = c / 2, second = c % 2;
-  const int colour = pair < 9 ? second : 2, tap = pair < 9 ? pair : 2 * (pair - 9) + second;
-  return tap < 9 ? colour * 9 + tap : -1;
+// Where a pixel of a packed image lies: one after the other, or cell by cell (see `blto_pack_images`).
+struct Cells {
+  int pixels, width, cell;
+  size_t at(int block, int group, int pixel) const {
+    const int y = pixel / width, x = pixel % width, area = cell * cell;
+    const int index = (y / cell) * (width / cell) + x / cell, inside = (y % cell) * cell + x % cell;
+    return (((size_t(block) * (pixels / area) + index) * 2 + group) * area + inside) * 2 * ROW;
+  }
+};
+
+inline void load_colours(const bf16* at, __m512 c[3]) {
+  const __m512i red_green = load(at);
+  c[0] = low(red_green), c[1] = high(red_green), c[2] = low(load(at + ROW));
+}
+
+// Float images: [n][pixel][3], or [n][3][pixel] where `planar`. 16 pixels of 16 images are three 16 x 16 transposes.
+struct Images {
+  int pixels;
+  bool planar;
+  size_t start(int block, int group) const { return size_t(block * BLOCK + group * GROUP) * pixels * 3; }
+  size_t at(int n, int pixel, int third) const {
+    return size_t(n) * pixels * 3 + (planar ? third * pixels + pixel : 3 * pixel + 16 * third);
+  }
+  int lane(int q, int colour) const { return planar ? 16 * colour + q : 3 * q + colour; }
+};
+
+// Each pixel's three colours of 16 images, to `take(pixel, colours)`.
+template <class Take>
+void from_images(const float* images, const Images& place, Take take) {
+  for (int p = 0; p < place.pixels; p += 16) {
+    __m512i v[48];
+    for (int third = 0; third < 3; ++third) {
+      for (int n = 0; n < GROUP; ++n)
+        v[16 * third + n] = _mm512_loadu_si512(images + place.at(n, p, third));
+      transpose(v + 16 * third);
+    }
+    for (int q = 0; q < 16; ++q) {
+      __m512 c[3];
+      for (int i = 0; i < 3; ++i) c[i] = _mm512_castsi512_ps(v[place.lane(q, i)]);
+      take(p + q, c);
+    }
+  }
+}
+
+// The way back: `make(pixel, colours)` fills in the colours of 16 images.
+template <class Make>
+void to_images(float* images, const Images& place, Make make) {
+  for (int p = 0; p < place.pixels; p += 16) {
+    __m512i v[48];
+    for (int q = 0; q < 16; ++q) {
+      __m512 c[3];
+      make(p + q, c);
+      for (int i = 0; i < 3; ++i) v[place.lane(q, i)] = _mm512_castps_si512(c[i]);
+    }
+    for (int third = 0; third < 3; ++third) {
+      transpose(v + 16 * third);
+      for (int n = 0; n < GROUP; ++n)
+        _mm512_storeu_si512(images + place.at(n, p, third), v[16 * third + n]);
+    }
+  }
 }
 
 size_t packed_size(int taps, int inputs, int outputs) {
@@ -485,66 +604,114 @@ size_t packed_size(int taps, int inputs, int outputs) {
 extern "C" {
 
 // The version of the entry points below; `library.py` refuses a library that was built from another one.
-int blto_abi() { return 3; }
+int blto_abi() { return 4; }
 
 // Ask the kernel for the tile registers. 0: granted.
 int blto_request_amx() { return int(syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */)); }
 
-// Float views [n][pixel][3] in [0, 1], normalised, into [block][pixel][group][2][16][2]. 16 pixels of 16 images at a
-// time are three 16 x 16 transposes. The number of pixels is divisible by 16.
+// Float images in [0, 1], normalised, into [block][pixel][group][2][16][2], its second row (blue, 0); with
+// a `cell` of more than one pixel a side, [block][cell][group][pixel of the cell][2][16][2]. The number of pixels is
+// divisible by 16, height and width by the cell's side.
 int blto_pack_images(const float* images, const float* mean, const float* inverse_std, int blocks, int pixels,
-                      bf16* out) {
+                      int width, int cell, int planar, bf16* out) {
+  const Cells cells{pixels, width, cell};
+  const Images place{pixels, planar != 0};
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < blocks; ++b)
+    for (int group = 0; group < 2; ++group)
+      from_images(images + place.start(b, group), place, [&](int p, __m512 c[3]) {
+        for (int i = 0; i < 3; ++i)
+          c[i] = _mm512_mul_ps(_mm512_sub_ps(c[i], _mm512_set1_ps(mean[i])), _mm512_set1_ps(inverse_std[i]));
+        bf16* target = out + cells.at(b, group, p);
+        store(target, pack(c[0], c[1]));
+        store(target + ROW, pack(c[2], _mm512_setzero_ps()));
+      });
+  return DONE;
+}
+
+// Its adjoint: a gradient in that layout into float images.
+int blto_pack_images_backward(const bf16* gradient, const float* inverse_std, int blocks, int pixels, int width,
+                               int cell, int planar, float* out) {
+  const Cells cells{pixels, width, cell};
+  const Images place{pixels, planar != 0};
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < blocks; ++b)
+    for (int group = 0; group < 2; ++group)
+      to_images(out + place.start(b, group), place, [&](int p, __m512 c[3]) {
+        load_colours(gradient + cells.at(b, group, p), c);
+        for (int i = 0; i < 3; ++i) c[i] = _mm512_mul_ps(c[i], _mm512_set1_ps(inverse_std[i]));
+      });
+  return DONE;
+}
+
+// out = tanh(gain r / rms(r)), with r of packed images and its root mean square over each image, as float images;
+// `inverse_rms` is [n].
+int blto_squash_forward(const bf16* r, float gain, int blocks, int pixels, int width, int cell, int planar,
+                         float* out, float* inverse_rms) {
+  const Cells cells{pixels, width, cell};
+  const Images place{pixels, planar != 0};
 #pragma omp parallel for schedule(static)
   for (int b = 0; b < blocks; ++b)
     for (int group = 0; group < 2; ++group) {
-      const float* first = images + size_t(b * BLOCK + group * GROUP) * pixels * 3;
-      for (int p = 0; p < pixels; p += 16) {
-        __m512i v[48];
-        for (int third = 0; third < 3; ++third) {
-          for (int n = 0; n < GROUP; ++n)
-            v[16 * third + n] = _mm512_loadu_si512(first + (size_t(n) * pixels + p) * 3 + 16 * third);
-          transpose(v + 16 * third);
-        }
-        for (int q = 0; q < 16; ++q) {
-          __m512 c[3];
-          for (int i = 0; i < 3; ++i)
-            c[i] = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(v[3 * q + i]), _mm512_set1_ps(mean[i])),
-                                 _mm512_set1_ps(inverse_std[i]));
-          bf16* target = out + ((size_t(b) * pixels + p + q) * 2 + group) * 2 * ROW;
-          store(target, pack(c[0], c[1]));
-          store(target + ROW, pack(c[2], _mm512_setzero_ps()));
-        }
+      __m512 c[3], sum = _mm512_set1_ps(1e-8f * 3 * pixels);
+      for (int p = 0; p < pixels; ++p) {
+        load_colours(r + cells.at(b, group, p), c);
+        for (int i = 0; i < 3; ++i) sum = _mm512_fmadd_ps(c[i], c[i], sum);
       }
+      const __m512 inverse = _mm512_sqrt_ps(_mm512_div_ps(_mm512_set1_ps(3.0f * pixels), sum));
+      _mm512_storeu_ps(inverse_rms + b * BLOCK + group * GROUP, inverse);
+      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(gain), inverse);
+      to_images(out + place.start(b, group), place, [&](int p, __m512 v[3]) {
+        load_colours(r + cells.at(b, group, p), v);
+        for (int i = 0; i < 3; ++i) v[i] = tanh(_mm512_mul_ps(v[i], scale));
+      });
     }
   return DONE;
 }
 
-// Its adjoint: a gradient in that layout into float [n][pixel][3].
-int blto_pack_images_backward(const bf16* gradient, const float* inverse_std, int blocks, int pixels, float* out) {
-#pragma omp parallel for schedule(static)
-  for (int b = 0; b < blocks; ++b)
-    for (int group = 0; group < 2; ++group) {
-      float* first = out + size_t(b * BLOCK + group * GROUP) * pixels * 3;
-      for (int p = 0; p < pixels; p += 16) {
-        __m512i v[48];
-        for (int q = 0; q < 16; ++q) {
-          const bf16* from = gradient + ((size_t(b) * pixels + p + q) * 2 + group) * 2 * ROW;
-          const __m512i red_green = load(from), blue = load(from + ROW);
-          const __m512 c[3] = {low(red_green), high(red_green), low(blue)};
+// Its backward pass: dout, float images, into dr, like r.
+int blto_squash_backward(const float* dout, const bf16* r, const float* inverse_rms, float gain, int blocks, int pixels,
+                          int width, int cell, int planar, bf16* dr) {
+  const Cells cells{pixels, width, cell};
+  const Images place{pixels, planar != 0};
+  std::atomic<bool> failed{false};
+#pragma omp parallel
+  {
+    static thread_local Scratch memory;  // the gradient at r with the scale held, [pixel][3][16 images]
+    float* held = memory.get<float>(size_t(pixels) * 3 * GROUP, failed);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int b = 0; b < (failed ? 0 : blocks); ++b)
+      for (int group = 0; group < 2; ++group) {
+        const __m512 inverse = _mm512_loadu_ps(inverse_rms + b * BLOCK + group * GROUP);
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(gain), inverse), one = _mm512_set1_ps(1.0f);
+        __m512 along = _mm512_setzero_ps();
+        from_images(dout + place.start(b, group), place, [&](int p, __m512 g[3]) {
+          __m512 v[3];
+          load_colours(r + cells.at(b, group, p), v);
+          for (int i = 0; i < 3; ++i) {
+            const __m512 t = tanh(_mm512_mul_ps(v[i], scale));
+            g[i] = _mm512_mul_ps(_mm512_mul_ps(g[i], scale), _mm512_fnmadd_ps(t, t, one));
+            along = _mm512_fmadd_ps(g[i], v[i], along);
+            _mm512_store_ps(held + (size_t(p) * 3 + i) * GROUP, g[i]);
+          }
+        });
+        const __m512 share = _mm512_div_ps(_mm512_mul_ps(along, _mm512_mul_ps(inverse, inverse)),
+                                           _mm512_set1_ps(3.0f * pixels));
+        for (int p = 0; p < pixels; ++p) {
+          __m512 v[3];
+          load_colours(r + cells.at(b, group, p), v);
           for (int i = 0; i < 3; ++i)
-            v[3 * q + i] = _mm512_castps_si512(_mm512_mul_ps(c[i], _mm512_set1_ps(inverse_std[i])));
-        }
-        for (int third = 0; third < 3; ++third) {
-          transpose(v + 16 * third);
-          for (int n = 0; n < GROUP; ++n)
-            _mm512_storeu_si512(first + (size_t(n) * pixels + p) * 3 + 16 * third, v[16 * third + n]);
+            v[i] = _mm512_fnmadd_ps(v[i], share, _mm512_load_ps(held + (size_t(p) * 3 + i) * GROUP));
+          store(dr + cells.at(b, group, p), pack(v[0], v[1]));
+          store(dr + cells.at(b, group, p) + ROW, pack(v[2], _mm512_setzero_ps()));
         }
       }
-    }
-  return DONE;
+  }
+  return failed ? NO_MEMORY : DONE;
 }
 
-// y = conv(activate(x), w) and the per-channel sums of y and y^2 of each block.
+// y = conv(activate(x), w) and the per-channel sums of y and y^2 of each block (null sums: not wanted).
 //   x: [blocks][in_pixels][2][inputs / 2][16][2], or packed images where `windows` (9 source pixels a target) is given
 //   weights: float [outputs][inputs][taps], or [outputs][27] (channel-major, then tap) for images
 //   sums: [2][blocks][outputs]
@@ -556,11 +723,7 @@ int blto_conv_forward(const bf16* x, const float* scale, const float* shift, con
   std::atomic<bool> failed{false};
   bf16* packed = packed_memory.get<bf16>(packed_size(taps, inputs, outputs), failed);
   if (failed) return NO_MEMORY;
-  pack_weights(taps, inputs, outputs, packed, [&](int k, int c, int t) {
-    if (!windows) return weights[(size_t(k) * inputs + c) * taps + t];
-    const int at = window_weight(c);
-    return at < 0 ? 0.0f : weights[size_t(k) * 27 + at];
-  });
+  pack_weights(taps, inputs, outputs, packed, {weights, inputs * taps, taps, windows != nullptr, false});
   const Pairs pairs{start, tap, source};
   const size_t in_size = size_t(in_pixels) * inputs * BLOCK, out_size = size_t(out_pixels) * outputs * BLOCK;
 #pragma omp parallel
@@ -580,7 +743,7 @@ int blto_conv_forward(const bf16* x, const float* scale, const float* shift, con
         activate_block(operand, {scale, shift}, in_pixels, inputs, made);
         operand = made;
       }
-      float *s = sums + size_t(b) * outputs, *q = sums + size_t(blocks + b) * outputs;
+      float *s = sums ? sums + size_t(b) * outputs : nullptr, *q = sums ? sums + size_t(blocks + b) * outputs : nullptr;
       if (outputs % 32)
         forward_block<1>(operand, pairs, out_pixels, packed, taps, inputs, outputs, y + b * out_size, s, q);
       else
@@ -596,7 +759,7 @@ int blto_conv_forward(const bf16* x, const float* scale, const float* shift, con
 //   (output pixel, input pixel) pairs
 //   extra: like x, added to dx; null: none
 //   dx: like x, the gradient at x itself (through the activation); null: not wanted
-//   d_affine: [2][blocks][inputs], the gradients of scale and shift; written if there is an activation
+//   d_affine: [2][blocks][inputs], the gradients of scale and shift; written if there is an activation; null: not wanted
 //   dw: float, shaped like weights; null: not wanted
 int blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const bf16* y, const bf16* x,
                         const float* scale, const float* shift, const float* weights, const int32_t* start,
@@ -610,12 +773,7 @@ int blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const b
   float* tiles = all_tiles.get<float>(tiles_size * omp_get_max_threads(), failed);
   if (failed) return NO_MEMORY;
   if (dx) {
-    pack_weights(taps, outputs, inputs, packed,
-                 [&](int c, int k, int t) {
-                   if (!windows) return weights[(size_t(k) * inputs + c) * taps + t];
-                   const int at = window_weight(c);
-                   return at < 0 ? 0.0f : weights[size_t(k) * 27 + at];
-                 });
+    pack_weights(taps, outputs, inputs, packed, {weights, taps, inputs * taps, windows != nullptr, true});
   }
   const Pairs to_input{start, tap, source}, by_tap{tap_start, tap_pixel, tap_source};
   const size_t in_size = size_t(in_pixels) * inputs * BLOCK, out_size = size_t(out_pixels) * outputs * BLOCK;
@@ -634,7 +792,10 @@ int blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const b
     team = omp_get_num_threads();  // at its end all threads meet, and `failed` is what it will be
 #pragma omp for schedule(static)
     for (int b = 0; b < (failed ? 0 : blocks); ++b) {
-      gradient_block(dy + b * out_size, y + b * out_size, d1, d2, out_pixels, outputs, dx ? plain : nullptr, turned);
+      const bf16* gradient = d1 ? plain : dy + b * out_size;
+      if (d1 || dw)
+        gradient_block(dy + b * out_size, y + b * out_size, d1, d2, out_pixels, outputs, dx && d1 ? plain : nullptr,
+                       dw ? turned : nullptr);
       const size_t image_size = size_t(in_pixels) * 2 * 2 * ROW;
       if (dw) {
         if (windows) {
@@ -649,19 +810,20 @@ int blto_conv_backward(const bf16* dy, const float* d1, const float* d2, const b
       if (!dx) continue;
       configure_tiles(std::min(outputs, 32));
       if (windows) {
-        backward_block<2>(plain, to_input, out_pixels, packed, taps, outputs, inputs, nullptr,
+        backward_block<2>(gradient, to_input, out_pixels, packed, taps, outputs, inputs, nullptr,
                           {nullptr, nullptr}, nullptr, rows, nullptr, nullptr);
         windows_adjoint(rows, windows, in_pixels, out_pixels, pixel_sums, dx + b * image_size);
         continue;
       }
-      float *ds = d_affine + size_t(b) * inputs, *db = d_affine + size_t(blocks + b) * inputs;
+      float *ds = d_affine ? d_affine + size_t(b) * inputs : nullptr;
+      float *db = d_affine ? d_affine + size_t(blocks + b) * inputs : nullptr;
       const Affine affine{scale, shift};
       const bf16* more = extra ? extra + b * in_size : nullptr;
       if (inputs % 32)
-        backward_block<1>(plain, to_input, in_pixels, packed, taps, outputs, inputs, x + b * in_size, affine,
+        backward_block<1>(gradient, to_input, in_pixels, packed, taps, outputs, inputs, x + b * in_size, affine,
                           more, dx + b * in_size, ds, db);
       else
-        backward_block<2>(plain, to_input, in_pixels, packed, taps, outputs, inputs, x + b * in_size, affine,
+        backward_block<2>(gradient, to_input, in_pixels, packed, taps, outputs, inputs, x + b * in_size, affine,
                           more, dx + b * in_size, ds, db);
     }
     _tile_release();
@@ -709,7 +871,7 @@ int blto_merge_forward(const bf16* y, const float* scale, const float* shift, co
 }
 
 // The backward pass of `blto_merge_forward`. dy and dr are the gradients at y and at the residual; sums are
-// [3][blocks][channels]: of scale, of scale_r, and of both shifts.
+// [3][blocks][channels]: of scale, of scale_r, and of both shifts; null: not wanted.
 int blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const float* scale, const bf16* residual,
                          const float* scale_r, int blocks, int pixels, int channels, bf16* dy, bf16* dr, float* sums) {
   const int half = channels / 2;
@@ -720,6 +882,7 @@ int blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const 
     static thread_local Scratch memory;  // running sums of [scale, scale_r, shift][channel][16 images]
     float* lanes = memory.get<float>(size_t(3) * channels * GROUP, failed);
     auto add = [&](int which, int k, __m512 v) {
+      if (!sums) return;
       float* at = lanes + (size_t(which) * channels + k) * GROUP;
       _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), v));
     };
@@ -748,7 +911,7 @@ int blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const 
             store(dr + at, g);
           }
         }
-      for (int which = 0; which < 3; ++which)
+      for (int which = 0; which < (sums ? 3 : 0); ++which)
         for (int k = 0; k < channels; ++k)
           sums[(size_t(which) * blocks + b) * channels + k] =
               _mm512_reduce_add_ps(_mm512_load_ps(lanes + (size_t(which) * channels + k) * GROUP));

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-ABI = 3
+ABI = 4
 """Of `kernels.cpp`: raised there and here when an entry point's arguments or results change."""
 
 ENTRY_POINTS = (
     "blto_pack_images",
     "blto_pack_images_backward",
+    "blto_squash_forward",
+    "blto_squash_backward",
     "blto_conv_forward",
     "blto_conv_backward",
     "blto_merge_forward",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from blto.models.backbones import BasicBlock, ResNet, ResNet18, SmallResNet
 from blto.models.native import ops
+from blto.models.native.images import pack_images
 from blto.models.native.library import find_kernels
 
 
@@ -38,7 +39,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def features(backbone: ResNet, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Normalise (N, 3, H, W) images in [0, 1], run the net, pool: float32 features (N, D)."""
-    x = ops.activate(_normalised(ops.pack_images(images, mean, std), backbone.stem, images=True)[0])
+    x = ops.activate(_normalised(pack_images(images, mean, std), backbone.stem, images=True)[0])
     for block in backbone.stages:
         x = _block(cast(BasicBlock, block), x)
     return ops.pool(x)
