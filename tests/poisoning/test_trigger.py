@@ -57,6 +57,9 @@ def test_projection_passes_gradient_inside_the_budget_only() -> None:
     candidate = torch.tensor([0.5, 0.55, 0.7, 1.05], requires_grad=True)  # inside twice, outside, out of range
     (gradient,) = torch.autograd.grad(project(images, candidate, 0.1).sum(), candidate)
     assert gradient.tolist() == [1, 1, 0, 0]
+    images.requires_grad_()
+    (through_bounds,) = torch.autograd.grad(project(images, candidate, 0.1).sum(), images)
+    assert through_bounds.tolist() == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("epsilon", [-0.01, 1.01, float("nan"), float("inf")])

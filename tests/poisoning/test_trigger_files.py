@@ -31,16 +31,18 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
 def _triggers() -> list[Trigger]:
     torch.manual_seed(0)
     unet = {"name": "unet", "width": 4}
+    hourglass = {"name": "hourglass", "width": 4}
     resnet = {"name": "resnet", "width": 4, "blocks": 1, "dropout": 0.25}
     return [
         IdentityTrigger(),
         AdditiveTrigger(torch.randn(3, 8, 8), Budget(8 / 255)),
         GeneratorTrigger(GENERATORS.build(unet), Budget(0.1), unet),
+        GeneratorTrigger(GENERATORS.build(hourglass), Budget(0.1), hourglass),
         GeneratorTrigger(GENERATORS.build(resnet), Budget(1), resnet, "image"),
     ]
 
 
-@pytest.mark.parametrize("trigger", _triggers(), ids=["identity", "additive", "unet", "resnet"])
+@pytest.mark.parametrize("trigger", _triggers(), ids=["identity", "additive", "unet", "hourglass", "resnet"])
 def test_round_trip(trigger: Trigger, tmp_path: Path) -> None:
     path = tmp_path / "trigger.safetensors"
     save_trigger(path, trigger)

@@ -57,12 +57,13 @@ def project(images: Tensor, candidate: Tensor, epsilon: float) -> Tensor:
     All (B, 3, H, W), `images` in [0, 1]. Differentiable in `candidate`: gradient 1 inside the bounds, 0 outside.
     Source: BLTO (arXiv 2404.07863), the way its released generators are applied.
     """
-    clipped: Tensor = _Clip.apply(candidate, (images - epsilon).clamp_min_(0.0), (images + epsilon).clamp_max_(1.0))
+    low, high = (images - epsilon).clamp_min(0.0), (images + epsilon).clamp_max(1.0)
+    clipped: Tensor = (torch.clamp if images.requires_grad else _Clip.apply)(candidate, low, high)
     return clipped
 
 
 class _Clip(torch.autograd.Function):
-    """`torch.clamp` between tensors that need no gradient; its own backward pass takes eight times as long."""
+    """`torch.clamp` between bounds that need no gradient, of which its own backward pass is several times as slow."""
 
     @staticmethod
     def forward(ctx: Any, candidate: Tensor, low: Tensor, high: Tensor) -> Tensor:
