@@ -12,9 +12,9 @@ import torch
 import torchvision.transforms.functional as TF
 from torch import Tensor
 
-from blto.data.view_backends.fast import kernel
 from blto.data.views import RECIPES, ViewParameters, ViewRecipe, Views, resolve_recipe
 from blto.errors import ConfigError, InputRefused
+from blto.runtime.kernels import kernel
 
 Array = np.ndarray[Any, Any]
 SIZE = 32

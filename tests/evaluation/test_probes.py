@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from blto.errors import ConfigError, Diverged
-from blto.evaluation import probes
+from blto.evaluation import neighbours
 from blto.evaluation.features import Features
 from blto.evaluation.probes import PROBES, LinearProbe, fit_logistic, fit_probe, knn_predict
 
@@ -61,7 +61,8 @@ def test_knn_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) 
     bank, labels = blobs(100)
     queries, _ = blobs(31, seed=1)
     whole = knn_predict(bank, labels, queries, num_classes=CLASSES, k=7)
-    monkeypatch.setattr(probes, "_CHUNK", 1000)
+    monkeypatch.setattr(neighbours, "QUERIES", 10)
+    monkeypatch.setattr(neighbours, "KEYS", 30)
     assert knn_predict(bank, labels, queries, num_classes=CLASSES, k=7).tolist() == whole.tolist()
     assert len(whole) == 31
 

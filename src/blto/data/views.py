@@ -8,12 +8,8 @@ training; the differentiable one reads floats and lets gradients flow to the ima
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
-from itertools import pairwise
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -24,6 +20,7 @@ from torch import Tensor
 from blto.data.view_backends import batched, fast, gradient
 from blto.errors import ConfigError, InputRefused, nearest
 from blto.registry import validate
+from blto.runtime.kernels import split
 
 Array = np.ndarray[Any, Any]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -31,7 +28,6 @@ PerView = Annotated[
     tuple[Probability, Probability],
     BeforeValidator(lambda value: (value, value) if isinstance(value, int | float) else value),
 ]
-CHUNK = 16  # the fewest views that are worth a thread of their own
 MASK = (1 << 64) - 1
 
 
@@ -260,7 +256,7 @@ class Views:
         check_shape(images.shape, images.shape[:1], params)
         if images.dtype == torch.float32 and images.device.type == "cpu":
             arrays = tuple(map(frozen, params.arrays))
-            views: Tensor = gradient.RenderFloat.apply(images, arrays, self.size, self.blur_radius, split)
+            views: Tensor = gradient.RenderFloat.apply(images, arrays, self.size, self.blur_radius)
             return views
         return batched.apply(images, *params.arrays, size=self.size, blur_radius=self.blur_radius)
 
@@ -280,19 +276,3 @@ def frozen(array: Array) -> Array:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def split(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Run `kernel(*arguments, start, stop)` over parts of 0 to `count`, on torch's number of threads."""
-    threads = max(1, min(torch.get_num_threads(), count // CHUNK))
-    first, *others = pairwise(count * part // threads for part in range(threads + 1))
-    running = [pool(os.getpid()).submit(kernel, *arguments, *part) for part in others]
-    kernel(*arguments, *first)
-    for other in running:
-        other.result()
-
-
-@cache
-def pool(process: int) -> ThreadPoolExecutor:
-    """Helper threads, started as needed and kept; one pool a process, as threads do not survive a fork."""
-    return ThreadPoolExecutor(thread_name_prefix=f"blto-views-{process}")

@@ -39,7 +39,7 @@ class Features:
         for name, column in (("labels", self.labels), ("indices", self.indices)):
             if column is not None and (column.dtype != torch.int64 or column.shape != (len(self),)):
                 raise ConfigError(f"{name} are {column.dtype} {tuple(column.shape)}; give int64 ({len(self)},).")
-        if not torch.isfinite(self.vectors).all():
+        if not is_finite(self.vectors):
             raise Diverged("features hold NaN or infinity; the encoder diverged, pretrain with a lower learning rate.")
 
     def __len__(self) -> int:
@@ -109,3 +109,8 @@ def device_of(module: nn.Module) -> torch.device:
     """Where the first parameter or buffer lies; the CPU for a module that has none."""
     first = next(chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinity; one pass, without a mask of the tensor's size. True for an empty one."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in tensor.aminmax())  # NaN is passed on

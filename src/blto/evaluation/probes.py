@@ -18,15 +18,14 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from blto.errors import ConfigError, Diverged
-from blto.evaluation.features import Features
+from blto.evaluation.features import Features, is_finite
+from blto.evaluation.neighbours import nearest
 from blto.registry import Card, Registry
 
 FeatureMatrix = Tensor | npt.NDArray[Any]
 Predict = Callable[[FeatureMatrix], npt.NDArray[np.int64]]
 
 PROBES = ("linear", "knn")  # the headline first
-
-_CHUNK = 2**25  # similarities held at a time by `knn_predict`: 128 MiB of float32
 
 
 class Probe(Protocol):
@@ -100,8 +99,8 @@ def knn_predict(
 ) -> npt.NDArray[np.int64]:
     """The class with the largest weighted vote among the k most similar features of the bank (Wu et al. 2018, 3.4).
 
-    Similarity is the cosine, the weight exp(similarity / temperature); k and temperature as in CTRL's readout. Computed
-    in blocks of queries, so memory does not grow with their number.
+    Similarity is the cosine, the weight exp(similarity / temperature); k and temperature as in CTRL's readout. Of equal
+    similarities at the border of the k, the lower index of the bank votes. Memory does not grow with the queries.
 
     Args:
         bank: (N, D) features, of any scale.
@@ -122,14 +121,12 @@ def knn_predict(
     if k < 1 or temperature <= 0:
         raise ConfigError(f"kNN with k = {k} and temperature = {temperature}; give k of at least 1, temperature > 0.")
     keys = F.normalize(keys, dim=1)
-    queries, size = _matrix(queries, keys.shape[1]), max(1, _CHUNK // len(keys))
+    queries = F.normalize(_matrix(queries, keys.shape[1]), dim=1)
     answers = []
-    for start in range(0, len(queries), size):
-        block = F.normalize(queries[start : start + size], dim=1)
-        similarities, neighbours = (block @ keys.T).topk(min(k, len(keys)), dim=1)
+    for similarities, neighbours in nearest(keys, queries, min(k, len(keys))):
         # Relative to the nearest neighbour: the same vote, and no overflow at a low temperature.
-        weights = ((similarities - similarities[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(block), num_classes).scatter_add_(1, labels[neighbours], weights)
+        weights = ((similarities - similarities.amax(dim=1, keepdim=True)) / temperature).exp()
+        votes = torch.zeros(len(weights), num_classes).scatter_add_(1, labels[neighbours], weights)
         answers.append(votes.argmax(dim=1))
     return torch.cat(answers).numpy()
 
@@ -267,7 +264,7 @@ def _matrix(features: FeatureMatrix, dim: int | None = None) -> Tensor:
         or tensor.shape[1] != (dim or tensor.shape[1])
     ):
         raise ConfigError(f"features are {tensor.dtype} {tuple(tensor.shape)}; give floats (N, {dim or 'D'}), N >= 1.")
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise Diverged("features hold NaN or infinity; a prediction from them would be some arbitrary class.")
     return tensor.detach().float().cpu()
 

@@ -1,24 +1,19 @@
 """The CPU kernels of the views: drawing parameters, and the fast back end.
 
-Every kernel runs on one thread over a range of samples without the GIL; `views.py` splits a batch over threads. numba's
-own parallel layers are not used: the portable one must not be entered by two threads at once.
+Every kernel runs over a range of samples; `runtime.kernels.split` gives each thread its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from numba import njit
+
+from blto.runtime.kernels import kernel
 
 Array = np.ndarray[Any, Any]
 Arrays = tuple[Array, ...]
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
-
-# What LLVM may do to vectorise sums and fuse multiply-adds. Not `arcp`: x / 255 must stay an exact division.
-RELAXED = {"contract", "nsz", "reassoc"}
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -27,19 +22,6 @@ MIX_2 = np.uint64(0x94D049BB133111EB)
 CROP_TRIES = 10
 SLOT_FLIP, SLOT_JITTER, SLOT_ORDER, SLOT_FACTORS, SLOT_GRAY, SLOT_BLUR, SLOT_SOLARIZE = 40, 41, 42, 45, 49, 50, 52
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-
-
-def kernel(*, relaxed: bool = False) -> Callable[[Kernel], Kernel]:
-    """A nogil numba function, its machine code cached on disk where numba finds a place that can be written."""
-
-    def decorate(function: Kernel) -> Kernel:
-        flags = RELAXED if relaxed else False
-        try:
-            return cast(Kernel, njit(cache=True, nogil=True, fastmath=flags)(function))
-        except RuntimeError:  # neither __pycache__ nor the user's cache directory can be written
-            return cast(Kernel, njit(nogil=True, fastmath=flags)(function))
-
-    return decorate
 
 
 @kernel()

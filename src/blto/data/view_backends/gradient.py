@@ -8,7 +8,6 @@ it is tested against and which remain for other devices, float64 and second deri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,14 +24,11 @@ from blto.data.view_backends.fast import (
     blend,
     blur,
     blur_weights,
-    kernel,
     luma,
     shift_hue,
     taps,
 )
-
-Split = Callable[..., None]
-"""`split(kernel, count, *arguments)` runs `kernel(*arguments, start, stop)` over parts of 0 to count, on threads."""
+from blto.runtime.kernels import kernel, split
 
 STEPS = 6
 """What `replay` keeps: the resampled image, it after each of four jitter steps, and it after grayscale and blur."""
@@ -279,11 +275,11 @@ class RenderFloat(torch.autograd.Function):
     """Views (B, 3, S, S) of float32 images (B, 3, H, W) in [0, 1] on the CPU; the pullback is differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, parameters: Arrays, size: int, radius: int, split: Split) -> Tensor:
+    def forward(ctx: Any, images: Tensor, parameters: Arrays, size: int, radius: int) -> Tensor:
         """Render."""
         images = images.detach().contiguous()
         ctx.save_for_backward(images)
-        ctx.parameters, ctx.radius, ctx.split = parameters, radius, split
+        ctx.parameters, ctx.radius = parameters, radius
         out = np.empty((len(images), 3, size * size), np.float32)
         split(render, len(images), images.numpy(), parameters, radius, out)
         return torch.from_numpy(out).view(len(images), 3, size, size)
@@ -295,5 +291,5 @@ class RenderFloat(torch.autograd.Function):
         (images,) = ctx.saved_tensors
         out = np.zeros(tuple(images.shape), np.float32)
         gradients = np.array(gradient.flatten(2).numpy(), dtype=np.float32, order="C")  # a copy: it is worked on
-        ctx.split(pull_back, len(images), images.numpy(), ctx.parameters, ctx.radius, gradients, out)
-        return torch.from_numpy(out), None, None, None, None
+        split(pull_back, len(images), images.numpy(), ctx.parameters, ctx.radius, gradients, out)
+        return torch.from_numpy(out), None, None, None
