@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from blto.errors import ConfigError, Diverged
+from blto.models.folded import FoldedEncoder, can_fold
+
+BATCH, BATCH_ON_CPU = 512, 64  # images; the maps of the smaller one stay in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,18 +56,23 @@ def extract(
     labels: npt.NDArray[np.int64] | None = None,
     *,
     indices: npt.NDArray[np.int64] | None = None,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
     bf16: bool = False,
 ) -> Features:
     """Run every image once through the encoder in evaluation mode; nothing about the encoder changes.
+
+    In float32 on a CPU our residual nets run with batch norm folded into their convolutions (`FoldedEncoder`), any
+    other module as it is. Features differ by rounding, at most 1e-4 of the largest, from those of the plain encoder,
+    and by less between batch sizes.
 
     Args:
         encoder: images (B, 3, H, W) floats in [0, 1] -> (B, D).
         images: uint8 (N, 3, H, W), in memory or memory-mapped.
         labels: int64 (N,), or None.
         indices: rows to take, in this order; None takes all.
-        batch_size: images per forward pass, at least 1. The last batch may be smaller; no image is left out.
+        batch_size: images per forward pass, at least 1; None takes what suits the device. The last batch may be
+            smaller; no image is left out.
         device: where the encoder lies; None asks its first parameter.
         bf16: run under bfloat16 autocast. The features are float32 all the same.
 
@@ -76,21 +85,28 @@ def extract(
     if labels is not None and len(labels) != len(images):
         raise ConfigError(f"{len(labels)} labels for {len(images)} images; give one per image, or None.")
     rows = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
+    place = torch.device(device) if device is not None else device_of(encoder)
+    batch_size = (BATCH_ON_CPU if place.type == "cpu" else BATCH) if batch_size is None else batch_size
     if not len(rows) or batch_size < 1:
         raise ConfigError(f"{len(rows)} images in batches of {batch_size}; give at least 1 of each.")
-    place = torch.device(device) if device is not None else device_of(encoder)
 
     batches = []
     with evaluating(encoder), torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=bf16):
+        run = FoldedEncoder(encoder) if can_fold(encoder) and not bf16 else _of_floats(encoder)
         for start in range(0, len(rows), batch_size):
             # Indexing with an array copies, which is what makes a read-only memory map safe to hand to torch.
             batch = torch.from_numpy(images[rows[start : start + batch_size]]).to(place)
-            batches.append(encoder(batch.float().div_(255)).float().cpu())
+            batches.append(run(batch).float().cpu())
     vectors = torch.cat(batches)  # outside inference mode, so an ordinary tensor that gradients may start from
     if vectors.ndim != 2:
         raise ConfigError(f"the encoder yields {tuple(vectors.shape)}; features are (N, D), so pool its output first.")
     known = None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64)[rows])
     return Features(vectors, known, torch.from_numpy(rows.copy()))
+
+
+def _of_floats(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The encoder as a function of uint8 images."""
+    return lambda images: cast(Tensor, encoder(images.float().div_(255)))
 
 
 @contextmanager
