@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from blto.errors import ConfigError, Diverged
-from blto.evaluation.features import Features, evaluating, extract
+from blto.evaluation import features
+from blto.evaluation.features import Features, evaluating, extract, is_finite
+from blto.models.encoder import Encoder, build_encoder
+from blto.models.folded import FoldedEncoder
+from tests.factories import TINY_BACKBONE
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (23, 3, 8, 8), dtype=np.uint8)
@@ -105,6 +109,48 @@ def test_bf16_is_close_and_still_float32() -> None:
     assert coarse.dtype == torch.float32
     assert torch.allclose(exact, coarse, atol=0.03)
     assert not torch.equal(exact, coarse)
+
+
+def test_our_own_nets_are_folded_and_change_in_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build_encoder(TINY_BACKBONE, seed=0)
+    encoder(torch.rand(16, 3, 8, 8))  # in training mode: batch statistics that are not those of a fresh net
+    before = copy.deepcopy(encoder.state_dict())
+    used: list[nn.Module] = []
+
+    class Noted(FoldedEncoder):
+        def __init__(self, given: Encoder) -> None:
+            used.append(given)
+            super().__init__(given)
+
+    monkeypatch.setattr(features, "FoldedEncoder", Noted)
+    found = extract(encoder, IMAGES, batch_size=10).vectors
+    assert used == [encoder]
+    assert encoder.training
+    assert all(
+        torch.equal(before[name], value) and value.is_contiguous() for name, value in encoder.state_dict().items()
+    )
+    with torch.inference_mode():
+        expected = copy.deepcopy(encoder).eval()(torch.from_numpy(IMAGES) / 255)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    coarse = extract(encoder, IMAGES, bf16=True).vectors
+    assert used == [encoder]
+    assert 1e-4 < (coarse - expected).abs().max() / expected.abs().max() < 0.05
+
+
+def test_hooks_of_our_own_nets_are_called() -> None:
+    encoder, seen = build_encoder(TINY_BACKBONE, seed=0), []
+    encoder.backbone.register_forward_hook(lambda _module, _inputs, output: seen.append(len(output)))
+    extract(encoder, IMAGES, batch_size=20)
+    assert seen == [20, 3]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_bad_entry_is_not_finite(bad: float) -> None:
+    tensor = torch.arange(1000.0).view(10, 100)
+    assert is_finite(tensor)
+    assert is_finite(tensor[:0])
+    tensor[7, 31] = bad
+    assert not is_finite(tensor)
 
 
 class Broken(nn.Module):

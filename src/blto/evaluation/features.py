@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from blto.errors import ConfigError, Diverged
 from blto.models.folded import FoldedEncoder, can_fold
 
-BATCH, BATCH_ON_CPU = 512, 64  # images; the maps of the smaller one stay in a core's cache
+BATCH, BATCH_ON_CPU = 512, 128  # images; above, a CPU waits for its caches and for pages of fresh memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ class FoldedEncoder:
         encoder: for which `can_fold` holds. It is not changed, and later changes of it are not seen.
     """
 
+    @torch.inference_mode()
     def __init__(self, encoder: Encoder) -> None:
         backbone = cast(ResNet, encoder.backbone)
         self._stem = _folded_stem(_stem(backbone), encoder.mean, encoder.std)
@@ -37,8 +38,9 @@ class FoldedEncoder:
         self._border = encoder.mean * WHITE
         self._padded = torch.empty(0)
 
+    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 features (B, D)."""
+        """uint8 (B, 3, H, W) -> float32 features (B, D), without a gradient."""
         x = self._stem(self._pad(images)).relu_()
         for first, second, *shortcut in self._blocks:
             inner = second(first(x).relu_())
