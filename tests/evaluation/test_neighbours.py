@@ -43,7 +43,7 @@ def test_any_number_of_keys(n: int) -> None:
 
 def test_queries_come_back_in_blocks_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "QUERIES", 8)
-    monkeypatch.setattr(neighbours, "KEYS", 100)
+    monkeypatch.setattr(neighbours, "KEYS", 96)
     keys, queries = whole(700), whole(21, seed=1)
     assert [len(values) for values, _ in nearest(keys, queries, 30)] == [8, 8, 5]
     check(keys, queries, 30)

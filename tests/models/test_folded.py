@@ -89,7 +89,9 @@ def forget(encoder: Encoder) -> None:
         lambda encoder: setattr(encoder, "native", True),
         lambda encoder: setattr(encoder, "backbone", Own(width=8)),
         lambda encoder: setattr(encoder.backbone.stages[0], "shortcut", nn.Conv2d(8, 8, 1)),
-        lambda encoder: setattr(encoder.backbone.stages[1], "conv2", nn.Conv2d(16, 16, 3, padding=1, groups=2)),
+        lambda encoder: setattr(
+            encoder.backbone.stages[1], "conv2", nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False)
+        ),
         lambda encoder: encoder.backbone.stem.append(nn.MaxPool2d(2)),
         lambda encoder: encoder.backbone.stages.append(nn.Identity()),
         lambda encoder: encoder.backbone.stages[1].register_forward_hook(lambda *_: None),

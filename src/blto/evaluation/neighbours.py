@@ -21,8 +21,8 @@ LANES = 16  # similarities looked at together: most groups hold no candidate, an
 def nearest(keys: Tensor, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The k largest inner products of each query with the keys, block of queries by block.
 
-    They are those of a full sort, in no order; of equal products at the border the lower key index is taken. Twice as
-    fast as a matrix product and `topk`, whose (M, N) matrix does not fit a cache. Memory does not grow with M.
+    They are those of a full sort, in no order; of equal products at the border the lower key index is taken. Faster
+    than a matrix product and `topk`, whose (M, N) matrix does not fit a cache. Memory does not grow with M.
 
     Args:
         keys: float32 (N, D), finite, on the CPU.
@@ -71,7 +71,7 @@ def collect(
     """Append the products that may be among a query's k largest, for queries `begin` to `end`.
 
     Args:
-        products: (B, n) with the keys `first` to `first + n`.
+        products: (B, n) with the keys `first` to `first + n`; n divisible by `LANES` except in the bank's last block.
         k: how many are sought.
         values, indices: (B, room) candidates in the order of the keys, cut down to k whenever room runs out.
         counts: (B,) candidates held.
@@ -87,9 +87,7 @@ def collect(
                 count = append(row, start, start + LANES, first, floor, kept, keys, count)
                 if count + LANES > room:
                     count, floor = k, keep_largest(kept, keys, count, k, work)
-        count = append(row, whole, n, first, floor, kept, keys, count)
-        if count + LANES > room:
-            count, floor = k, keep_largest(kept, keys, count, k, work)
+        count = append(row, whole, n, first, floor, kept, keys, count)  # the last block's rest: there is room
         counts[q], floors[q] = count, floor
 
 
