@@ -109,7 +109,7 @@ def extract(
 def _keep_freed_memory() -> None:
     """Let this process keep up to 32 MiB that it frees, so that each batch's maps take the pages of the last one's.
 
-    glibc gives freed blocks back to the system, and fresh pages cost a quarter of an extraction's time. It moves its
+    glibc gives freed blocks back to the system, and fresh pages cost a sixth of an extraction's time. It moves its
     threshold to the largest block that was freed (mallopt(3), M_MMAP_THRESHOLD); this one is never written to.
     """
     torch.empty(2**24, dtype=torch.uint8)
