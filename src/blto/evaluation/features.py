@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blto.errors import ConfigError, Diverged
 from blto.models.folded import FoldedEncoder, can_fold
+from blto.runtime.device import keep_freed_memory
 
 BATCH, BATCH_ON_CPU = 512, 128  # images; the maps of more leave a core's caches
 
@@ -91,7 +92,7 @@ def extract(
         raise ConfigError(f"{len(rows)} images in batches of {batch_size}; give at least 1 of each.")
 
     if place.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     batches = []
     with evaluating(encoder), torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=bf16):
         run = FoldedEncoder(encoder) if can_fold(encoder) and not bf16 else _of_floats(encoder)
@@ -104,15 +105,6 @@ def extract(
         raise ConfigError(f"the encoder yields {tuple(vectors.shape)}; features are (N, D), so pool its output first.")
     known = None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64)[rows])
     return Features(vectors, known, torch.from_numpy(rows.copy()))
-
-
-def _keep_freed_memory() -> None:
-    """Let this process keep up to 32 MiB that it frees, so that each batch's maps take the pages of the last one's.
-
-    glibc gives freed blocks back to the system, and fresh pages cost a quarter of an extraction's time. It moves its
-    threshold to the largest block that was freed (mallopt(3), M_MMAP_THRESHOLD); this one is never written to.
-    """
-    torch.empty(2**24, dtype=torch.uint8)
 
 
 def _of_floats(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
