@@ -145,7 +145,7 @@ class UNetGenerator(nn.Module):
 
 
 class HourglassGenerator(nn.Module):
-    """`UNetGenerator` rebuilt for the native kernels: a third of its cost where they run, and as good (docs/engine.md).
+    """`UNetGenerator` rebuilt for the native kernels, a third of its cost there and nearly as good (docs/engine.md).
 
     As there, 2x2 blocks of pixels are channels, there is neither batch norm nor dropout, and each image's output is
     scaled before the tanh. Skips are sums and activations ReLU. `models.native.hourglass` runs the same net in bf16: a
