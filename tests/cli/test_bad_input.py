@@ -209,8 +209,7 @@ def test_an_unknown_engine_is_one_line(command: str, capsys: pytest.CaptureFixtu
     write()
     given = {"demo": [], "poison": ["a.yaml", "--out", "p"]}.get(command, ["a.yaml"])
     line = refused(capsys, command, *given, "--engine", "fats")
-    assert "'--engine': " in line
-    assert "'fats' is not one of 'fast', 'reference'" in line
+    assert "'--engine': 'fats' is not one of 'fast', 'reference'" in line
     assert sorted(path.name for path in Path().iterdir()) == ["a.yaml"]
 
 

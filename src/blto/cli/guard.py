@@ -72,7 +72,8 @@ def _explain(error: BaseException, arguments: Sequence[str], received: list[int]
         return _print_error(error.code, str(error), error.exit_code)
     if callable(usage := getattr(error, "format_message", None)):  # the command-line library's own usage errors
         command = getattr(getattr(error, "ctx", None), "command_path", "blto")
-        return _print_error("USAGE", f"{_sentence(str(usage()))} See `{command} --help`.", ConfigError.exit_code)
+        words = str(usage()).replace("Value error, ", "")  # of a choice, where it comes through pydantic
+        return _print_error("USAGE", f"{_sentence(words)} See `{command} --help`.", ConfigError.exit_code)
     if _is_out_of_memory(error):
         advice = "not enough memory; lower the batch size (pretraining.batch_size) or free memory."
         return _print_error("OUT-OF-MEMORY", advice, ResourceExhausted.exit_code)
