@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,14 @@ def stage_costs(images: int, steps: int) -> dict[str, dict[str, Any]]:
     timed("poisoning", "poisoned image", poisons, lambda: poison_with(attack, trigger, train, seed=0))
     recipe, unlabeled = spec.pretraining, train.without_labels()
     trained = images // recipe.batch_size * recipe.batch_size
-    work = lambda: pretrain(unlabeled, recipe, seed=0, observations=0).encoder  # noqa: E731
-    encoder = timed("pretraining", "1,000 images and epoch", trained / 1000, work)
+    train_once = partial(pretrain, unlabeled, recipe, seed=0, observations=0)
+    encoder = timed("pretraining", "1,000 images and epoch", trained / 1000, train_once).encoder
     bank = timed(
-        "feature extraction", "1,000 images", images / 1000, lambda: extract(encoder, train.images, train.labels)
+        "feature extraction", "1,000 images", images / 1000, partial(extract, encoder, train.images, train.labels)
     )
     queries = extract(encoder, test.images, test.labels)
-    fit = lambda: LinearProbe().fit(bank.vectors, bank.labels, CLASSES)  # noqa: E731
+    fit = partial(LinearProbe().fit, bank.vectors, bank.labels, CLASSES)
     timed("linear probe", "1,000 training features", images / 1000, fit)
-    vote = lambda: knn_predict(bank.vectors, bank.labels, queries.vectors, num_classes=CLASSES)  # noqa: E731
+    vote = partial(knn_predict, bank.vectors, bank.labels, queries.vectors, num_classes=CLASSES)
     timed("kNN", f"1,000 queries of {images:,} features", len(test) / 1000, vote)
     return found

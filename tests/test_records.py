@@ -162,6 +162,14 @@ def test_private_text_is_cut_at_path_borders(monkeypatch: pytest.MonkeyPatch) ->
     assert without_private_text({"n": 3, "b": None}) == {"n": 3, "b": None}
 
 
+def test_a_stage_of_a_version_with_other_results_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunStore(tmp_path)
+    store.stage("pretrain", {"seed": 1}).commit({})
+    assert store.stage("pretrain", {"seed": 1}).complete
+    monkeypatch.setattr("blto.records.RESULTS_VERSION", -1)
+    assert not store.stage("pretrain", {"seed": 1}).complete
+
+
 def test_a_stage_is_complete_once_committed_and_while_its_files_are_unchanged(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     stage = store.stage("pretrain", {"seed": 1})

@@ -100,6 +100,16 @@ def test_resume_refuses_another_recipe_seed_or_dataset(tmp_path: Path) -> None:
             pretrain(images, recipe, seed=seed, folder=tmp_path, resume=True)
 
 
+def test_resume_refuses_a_run_that_was_begun_in_another_order_of_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("blto.pretraining.loop.ORDER", "an earlier one")
+        pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path)
+    with pytest.raises(Mismatch):
+        pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path, resume=True)
+
+
 def test_observers_leave_no_trace() -> None:
     class Meddler:
         def __init__(self) -> None:
