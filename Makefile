@@ -56,7 +56,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # The stamp is written last: an install that fails or is interrupted leaves none, and the next call starts it again.
-$(STAMP): constraints.txt pyproject.toml src/blto/models/native/kernels.cpp
+$(STAMP): constraints.txt pyproject.toml $(wildcard src/blto/models/native/*.cpp src/blto/models/native/*.h)
 	@echo "==> installing the pinned environment into $(VENV) (minutes the first time)"
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("blto needs Python 3.11: make PYTHON=/path/to/python3.11")'

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from blto.models.backbones import SmallResNet
 from blto.models.encoder import Encoder, build_encoder
 from blto.models.folded import FoldedEncoder, can_fold
+from blto.models.native.library import find_kernels
 
 NETS: list[dict[str, Any]] = [
     {"name": "small_resnet", "width": 8},
     {"name": "small_resnet", "widths": (4, 12), "blocks": 2, "stem_stride": 1},
+    {"name": "small_resnet", "widths": (16, 40), "blocks": 2, "stem_stride": 1},
     {"name": "resnet18", "width": 4},
+    {"name": "resnet18", "width": 16},
 ]
 
 
@@ -41,17 +44,32 @@ def draw(count: int, height: int = 16, width: int = 16) -> Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("backbone", NETS)
-def test_features_are_those_of_the_plain_encoder(backbone: dict[str, Any]) -> None:
+def test_features_are_those_of_the_plain_encoder(backbone: dict[str, Any], native: bool) -> None:
     encoder = trained(backbone)
     assert can_fold(encoder)
-    folded = FoldedEncoder(encoder)
+    folded = FoldedEncoder(encoder, native=native)
     # Fewer, more, and of another size: the memory of one call is used again by the next.
-    for images in (draw(5), draw(2), draw(7), draw(3, 20, 13), draw(5)):
+    for images in (draw(5), draw(2), draw(70), draw(3, 20, 13), draw(1, 7, 3), draw(33)):
         with torch.inference_mode():
             expected, found = encoder(images / 255), folded(images)
         assert found.dtype == torch.float32
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.skipif(find_kernels()[0] is None, reason=find_kernels()[1])
+@pytest.mark.parametrize(("width", "fits"), [(8, True), (16, True), (12, False)])
+def test_the_native_kernels_are_chosen_where_they_fit(width: int, fits: bool) -> None:
+    folded = FoldedEncoder(trained({"name": "small_resnet", "width": width}))
+    assert folded.is_native == fits
+    assert folded.batch_size == (2048 if fits else 128)
+
+
+def test_images_need_not_lie_in_a_row() -> None:
+    folded = FoldedEncoder(trained(NETS[0]))
+    images = draw(4)
+    assert torch.equal(folded(images.transpose(2, 3).contiguous().transpose(2, 3)), folded(images))
 
 
 def test_the_encoder_stays_as_it_is_and_is_not_looked_at_again() -> None:
@@ -92,6 +110,8 @@ def forget(encoder: Encoder) -> None:
         lambda encoder: setattr(
             encoder.backbone.stages[1], "conv2", nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False)
         ),
+        lambda encoder: setattr(encoder.backbone.stem[0], "padding", (0, 0)),
+        lambda encoder: setattr(encoder.backbone.stages[0].conv1, "stride", (1, 2)),
         lambda encoder: encoder.backbone.stem.append(nn.MaxPool2d(2)),
         lambda encoder: encoder.backbone.stages.append(nn.Identity()),
         lambda encoder: encoder.backbone.stages[1].register_forward_hook(lambda *_: None),

@@ -172,6 +172,25 @@ def test_squashing_is_the_generators_with_its_gradient(memory: torch.memory_form
 
 
 @needs_kernels
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_squashed_residual_is_added_and_clipped_with_its_gradient(memory: torch.memory_format) -> None:
+    cells = numbers(64, 16, 4, 8)
+    cells[:, 3::4] = 0
+    raw = images_of_cells(cells, 2).requires_grad_()
+    images = torch.rand(64, 3, 8, 16).mul(1.4).sub(0.2).clamp(0, 1)  # many at the ends of the range
+    expected = (images + 0.3 * generators.squash(raw, 2.0)).clamp(0, 1)
+    assert 0.1 < ((expected == 0) | (expected == 1)).float().mean() < 0.9
+    d_out = torch.randn_like(expected).contiguous(memory_format=memory)
+    (wanted,) = torch.autograd.grad(expected, raw, d_out)
+    packed = blocked(cells).requires_grad_()
+    given = images.contiguous(memory_format=memory)
+    found = native_images.squash(ops.Map(packed, 4, 8), 2.0, cell=2, images=given, epsilon=0.3)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    (got,) = torch.autograd.grad(found, packed, d_out)
+    assert error(images_of_cells(unblocked(got, 4), 2), wanted) < 5e-3
+
+
+@needs_kernels
 @pytest.mark.parametrize(("stride", "enlarged"), [(1, 1), (2, 1), (1, 2)])
 def test_a_convolution_with_bias_sees_the_map_enlarged(stride: int, enlarged: int) -> None:
     x, bias = numbers(32, 32, 4, 6).requires_grad_(), numbers(16, seed=2).requires_grad_()

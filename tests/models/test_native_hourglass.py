@@ -47,6 +47,24 @@ def test_it_is_as_near_to_float64_as_torchs_bf16(width: int, height: int, column
 
 
 @needs_kernels
+def test_its_residual_is_added_as_by_torch() -> None:
+    exact, _, native = generators()
+    images = torch.rand(64, 3, 16, 16)
+    images[:8], images[8:16] = 0, 1
+    wanted = (images + 0.1 * exact(images.double())).clamp(0, 1)
+    with torch.autocast("cpu", BF16):
+        found = native.add_to(images, 0.1)
+    assert 0 < (found - wanted).abs().max() < 0.005, "the kernels were not taken, or are wrong"
+    assert (found - images).abs().max() <= 0.1 + 1e-7
+    assert found.min() == 0
+    assert found.max() == 1
+    through = (images / 2 + 0.25).requires_grad_()  # the kernels have no gradient from the sum to the images: torch has
+    with torch.autocast("cpu", BF16):
+        (gradient,) = torch.autograd.grad(native.add_to(through, 0.0).sum(), through)
+    assert torch.equal(gradient, torch.ones_like(images))
+
+
+@needs_kernels
 def test_outside_of_bf16_autocast_it_is_plain_torch() -> None:
     """So that a trigger is applied to images by the same function everywhere."""
     _, plain, native = generators()

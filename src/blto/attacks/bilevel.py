@@ -218,7 +218,7 @@ class BilevelOptimisation:
         device = self.surrogate.fabric.device
         view = self._drawn("outer views", number, rows)
         self.trigger.train()
-        images = torch.from_numpy(self.images.images[rows]).to(device).float() / 255
+        images = torch.from_numpy(self.images.images[rows]).to(device).float().div_(255)
         with self.surrogate.fabric.autocast():
             triggered = self.views.differentiable(self.trigger(images).float(), view)
         if self.aim is not None:
@@ -233,7 +233,7 @@ class BilevelOptimisation:
                 centroid=self.spec.target == "centroid",
                 basis=self.basis,
             )
-        parameters = list(self.trigger.parameters())
+        parameters = self.optimizer.param_groups[0]["params"]
         for parameter, gradient in zip(parameters, torch.autograd.grad(-found.triggered, parameters), strict=True):
             parameter.grad = gradient
         self.optimizer.param_groups[0]["lr"] = learning_rate

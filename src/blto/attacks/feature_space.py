@@ -30,13 +30,14 @@ class FeatureSpace:
     @torch.no_grad()
     def fixed(self, views: Tensor) -> Tensor:
         """Features without a gradient."""
-        method = self.surrogate.method.eval()
-        with batch_statistics(method) if self.batch_norm == "batch" else nullcontext():
+        self._evaluate()
+        with batch_statistics(self.surrogate.method) if self.batch_norm == "batch" else nullcontext():
             return self._embed(views)
 
     def differentiable(self, views: Tensor) -> Tensor:
         """Features through which a gradient flows to the views, normalised with the running statistics."""
-        with held(self.surrogate.method.eval()):
+        self._evaluate()
+        with held([parameter for group in self.surrogate.optimizer.param_groups for parameter in group["params"]]):
             return self._embed(views)
 
     def together(self, triggered: Tensor, references: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +48,11 @@ class FeatureSpace:
             return first, second, third
         second, third = self.fixed(torch.cat((references, clean))).chunk(2)
         return self.differentiable(triggered), second, third
+
+    def _evaluate(self) -> None:
+        """Evaluation mode; to look first is cheaper than to walk through all modules in every step."""
+        if self.surrogate.method.training:
+            self.surrogate.method.eval()
 
     def _embed(self, views: Tensor) -> Tensor:
         method = self.surrogate.method

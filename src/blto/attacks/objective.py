@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -112,9 +112,8 @@ def whitening_basis(features: Tensor, shrinkage: float) -> Tensor:
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
-    """No gradient is computed for the parameters of `module`; it still flows through."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def held(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """No gradient is computed for these trainable parameters; it still flows through where they are used."""
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -136,4 +135,5 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for norm in norms:
+            norm.eval()
             norm.track_running_stats = True

@@ -17,7 +17,7 @@ from blto.errors import ConfigError, Diverged
 from blto.models.folded import FoldedEncoder, can_fold
 from blto.runtime.device import keep_freed_memory
 
-BATCH, BATCH_ON_CPU = 512, 128  # images; the maps of more leave a core's caches
+BATCH, BATCH_ON_CPU = 512, 128  # images; on a CPU the maps of more leave a core's caches
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,18 +87,18 @@ def extract(
         raise ConfigError(f"{len(labels)} labels for {len(images)} images; give one per image, or None.")
     rows = np.arange(len(images)) if indices is None else np.asarray(indices, dtype=np.int64)
     place = torch.device(device) if device is not None else device_of(encoder)
-    batch_size = (BATCH_ON_CPU if place.type == "cpu" else BATCH) if batch_size is None else batch_size
-    if not len(rows) or batch_size < 1:
+    if not len(rows) or (batch_size is not None and batch_size < 1):
         raise ConfigError(f"{len(rows)} images in batches of {batch_size}; give at least 1 of each.")
 
     if place.type == "cpu":
         keep_freed_memory()
     batches = []
     with evaluating(encoder), torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=bf16):
-        run = FoldedEncoder(encoder) if can_fold(encoder) and not bf16 else _of_floats(encoder)
-        for start in range(0, len(rows), batch_size):
+        run, suited = _runner(encoder, place, bf16)
+        size = suited if batch_size is None else batch_size
+        for start in range(0, len(rows), size):
             # Indexing with an array copies, which is what makes a read-only memory map safe to hand to torch.
-            batch = torch.from_numpy(images[rows[start : start + batch_size]]).to(place)
+            batch = torch.from_numpy(images[rows[start : start + size]]).to(place)
             batches.append(run(batch).float().cpu())
     vectors = torch.cat(batches)  # outside inference mode, so an ordinary tensor that gradients may start from
     if vectors.ndim != 2:
@@ -107,9 +107,13 @@ def extract(
     return Features(vectors, known, torch.from_numpy(rows.copy()))
 
 
-def _of_floats(encoder: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The encoder as a function of uint8 images."""
-    return lambda images: cast(Tensor, encoder(images.float().div_(255)))
+def _runner(encoder: nn.Module, place: torch.device, bf16: bool) -> tuple[Callable[[Tensor], Tensor], int]:
+    """The encoder as a function of uint8 images, and the batch size that suits it."""
+    if can_fold(encoder) and not bf16:
+        folded = FoldedEncoder(encoder)
+        return folded, folded.batch_size
+    suited = BATCH_ON_CPU if place.type == "cpu" else BATCH
+    return lambda images: cast(Tensor, encoder(images.float().div_(255))), suited
 
 
 @contextmanager

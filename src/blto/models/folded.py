@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import chain
 from typing import TypeGuard, cast
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from blto.models.backbones import BasicBlock, ResNet, ResNet18, SmallResNet
 from blto.models.encoder import Encoder
+from blto.models.native import inference
+from blto.models.native.inference import Block, Layer
 
 WHITE = 255  # a uint8 image's 1.0
-PADDING = 1  # of the stem
 
 _Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
@@ -23,39 +23,41 @@ class FoldedEncoder:
     """A copy of an encoder in evaluation mode with its present weights, for uint8 images.
 
     The same function up to rounding, 1e-5 of the largest feature: batch norm in evaluation mode is a scale and a shift
-    of its convolution, and the image's border is padded with the mean, which is 0 once normalised. Maps lie
-    channels-last, and ReLU and the residual sum are taken in place.
+    of its convolution. It runs on the native kernels where they fit, else on torch with maps channels-last.
 
     Args:
         encoder: for which `can_fold` holds. It is not changed, and later changes of it are not seen.
+        native: False keeps it from the native kernels.
+
+    Attributes:
+        is_native: whether it runs on the native kernels.
+        batch_size: images a call for which it is fastest.
     """
 
     @torch.inference_mode()
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, *, native: bool = True) -> None:
         backbone = cast(ResNet, encoder.backbone)
-        self._stem = _folded_stem(_stem(backbone), encoder.mean, encoder.std)
-        self._blocks = [[_fold(layers) for layers in _layers(cast(BasicBlock, block))] for block in backbone.stages]
-        self._border = encoder.mean * WHITE
-        self._padded = torch.empty(0)
+        self._stem = _folded_stem(_stem(backbone), encoder.std)
+        self._blocks = [_folded_block(cast(BasicBlock, block)) for block in backbone.stages]
+        self._centre = encoder.mean * WHITE
+        layers = (self._stem, *(layer for block in self._blocks for layer in block if layer is not None))
+        self._net: inference.Net | None = None
+        if native and inference.supports(layers):
+            self._net = inference.Net(self._stem, self._blocks, self._centre.flatten())
+        self.is_native = self._net is not None
+        self.batch_size = 2048 if self.is_native else 128  # torch keeps the maps of a whole batch, the kernels do not
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 features (B, D), without a gradient."""
-        x = self._stem(self._pad(images)).relu_()
-        for first, second, *shortcut in self._blocks:
-            inner = second(first(x).relu_())
-            x = inner.add_(shortcut[0](x) if shortcut else x).relu_()
+        if self._net is not None:
+            return self._net(images)
+        centred = images.to(torch.float32, memory_format=torch.channels_last).sub_(self._centre)
+        x = _convolve(self._stem, centred).relu_()
+        for first, second, shortcut in self._blocks:
+            inner = _convolve(second, _convolve(first, x).relu_())
+            x = inner.add_(x if shortcut is None else _convolve(shortcut, x)).relu_()
         return x.mean(dim=(2, 3))
-
-    def _pad(self, images: Tensor) -> Tensor:
-        """The images as floats, channels-last, in a frame of the mean; the memory is used again by the next call."""
-        count, channels, height, width = images.shape
-        shape = (channels, height + 2 * PADDING, width + 2 * PADDING)
-        if len(self._padded) < count or self._padded.shape[1:] != shape:
-            self._padded = self._border.expand(count, *shape).contiguous(memory_format=torch.channels_last)
-        padded = self._padded[:count]
-        padded[:, :, PADDING:-PADDING, PADDING:-PADDING] = images
-        return padded
 
 
 def can_fold(encoder: nn.Module) -> TypeGuard[Encoder]:
@@ -73,20 +75,11 @@ def can_fold(encoder: nn.Module) -> TypeGuard[Encoder]:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Convolution:
-    """A convolution with a bias: weight (O, I, h, w), channels-last; bias (O,)."""
-
-    weight: Tensor
-    bias: Tensor
-    stride: tuple[int, ...]
-    padding: str | tuple[int, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+def _convolve(layer: Layer, x: Tensor) -> Tensor:
+    return F.conv2d(x, layer.weight, layer.bias, layer.stride, padding=(layer.weight.shape[-1] - 1) // 2)
 
 
-def _fold(layers: _Pair) -> _Convolution:
+def _folded(layers: _Pair) -> Layer:
     """The convolution followed by the batch norm in evaluation mode, as one."""
     convolution, norm = layers
     assert norm.running_mean is not None
@@ -94,15 +87,18 @@ def _fold(layers: _Pair) -> _Convolution:
     scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
     weight = (convolution.weight * scale.view(-1, 1, 1, 1)).float().contiguous(memory_format=torch.channels_last)
     bias = (norm.bias - norm.running_mean * scale).float()
-    return _Convolution(weight, bias, convolution.stride, convolution.padding)
+    return Layer(weight, bias, convolution.stride[0])
 
 
-def _folded_stem(layers: _Pair, mean: Tensor, std: Tensor) -> _Convolution:
-    """The same after (pixel / 255 - mean) / std, for pixels that are padded already."""
-    stem = _fold(layers)
-    weight = stem.weight / std
-    bias = stem.bias - (weight * mean).sum(dim=(1, 2, 3))
-    return _Convolution(weight / WHITE, bias, stem.stride, (0, 0))
+def _folded_stem(layers: _Pair, std: Tensor) -> Layer:
+    """The same of pixels minus their mean, in units of a pixel."""
+    stem = _folded(layers)
+    return Layer(stem.weight / (std * WHITE), stem.bias, stem.stride)
+
+
+def _folded_block(block: BasicBlock) -> Block:
+    first, second, *shortcut = map(_folded, _layers(block))
+    return first, second, shortcut[0] if shortcut else None
 
 
 def _stem(backbone: ResNet) -> _Pair:
@@ -121,7 +117,6 @@ def _is_plain(backbone: nn.Module) -> bool:
         isinstance(backbone, ResNet)
         and type(backbone) in {ResNet, ResNet18, SmallResNet}  # a subclass may do something else
         and [type(layer) for layer in backbone.stem] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-        and cast(nn.Conv2d, backbone.stem[0]).padding == (PADDING, PADDING)
         and all(
             type(block) is BasicBlock
             and type(block.shortcut) in {nn.Identity, nn.Sequential}
@@ -138,6 +133,9 @@ def _can_join(layers: tuple[nn.Module, ...]) -> bool:
         [type(layer) for layer in layers] == [nn.Conv2d, nn.BatchNorm2d]
         and (convolution := cast(nn.Conv2d, layers[0])).bias is None
         and convolution.groups == 1
+        and convolution.kernel_size in {(1, 1), (3, 3)}
+        and convolution.padding == (convolution.kernel_size[0] // 2,) * 2
+        and convolution.stride in {(1, 1), (2, 2)}
         and convolution.dilation == (1, 1)
         and convolution.padding_mode == "zeros"
         and (norm := cast(nn.BatchNorm2d, layers[1])).affine

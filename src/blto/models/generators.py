@@ -199,6 +199,12 @@ class HourglassGenerator(nn.Module):
         full = F.relu(full + self.up2(F.interpolate(half, size=full.shape[-2:], mode="nearest")))
         return squash(F.pixel_shuffle(self.head(full), self.CELL).float(), self.GAIN)
 
+    def add_to(self, images: Tensor, epsilon: float) -> Tensor:
+        """images + epsilon * forward(images), clipped to [0, 1]; one pass where the kernels run."""
+        if self.native and hourglass.supports(self, images) and not images.requires_grad:
+            return hourglass.add_to(self, images, epsilon)
+        return torch.add(images, self(images), alpha=epsilon).clamp(0, 1)
+
 
 def use_native(module: nn.Module, native: bool) -> None:
     """Switch the native kernels on or off in every generator in `module` that has a way through them."""

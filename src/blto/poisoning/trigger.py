@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from blto.errors import ConfigError
 from blto.files import canonical_json
 from blto.models import GENERATORS
+from blto.models.generators import HourglassGenerator
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,14 @@ class GeneratorTrigger(Trigger):
         self.generator = generator
         self.generator_spec = GENERATORS.resolve(generator_spec)
         self.parametrisation: Parametrisation = parametrisation
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Apply the trigger; a residual of at most epsilon needs no projection but that to [0, 1]."""
+        if self.parametrisation == "image":
+            return super().forward(images)
+        if isinstance(self.generator, HourglassGenerator):
+            return self.generator.add_to(images, self.budget.epsilon)
+        return self.candidate(images).clamp(0, 1)
 
     def candidate(self, images: Tensor) -> Tensor:
         """The image that the generator proposes."""

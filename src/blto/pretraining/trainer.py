@@ -161,7 +161,8 @@ class Trainer:
         factor = learning_rate_factor(self.step, total_steps=self.total_steps, warmup_steps=self.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self._peak * factor
-        self.method.train()
+        if not self.method.training:  # else a walk through all modules in every step
+            self.method.train()
         losses: dict[str, Tensor] = self._wrapped(views)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(losses["loss"])

@@ -32,13 +32,14 @@ def kernel(*, relaxed: bool = False) -> Callable[[Kernel], Kernel]:
     """A nogil numba function, its machine code cached on disk; where it cannot be, one line says so and it is not."""
 
     def decorate(function: Kernel) -> Kernel:
-        flags = RELAXED if relaxed else False
+        # numpy's divisions: a check for zero, which raises, would keep a loop from being vectorised
+        options = {"nogil": True, "fastmath": RELAXED if relaxed else False, "error_model": "numpy"}
         folder = str(Path(function.__code__.co_filename).parent)
         try:
-            compiled = njit(cache=True, nogil=True, fastmath=flags)(function)
+            compiled = njit(cache=True, **options)(function)
         except RuntimeError:  # neither __pycache__ nor the user's cache folder can be written
             warn_not_kept(folder)
-            return cast(Kernel, njit(nogil=True, fastmath=flags)(function))
+            return cast(Kernel, njit(**options)(function))
         for name in ("load_overload", "save_overload"):
             setattr(compiled._cache, name, forgiving(getattr(compiled._cache, name), folder))
         return cast(Kernel, compiled)

@@ -15,19 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from blto.data.view_backends.fast import (
-    CONTRAST,
-    HUE,
-    SATURATION,
-    Array,
-    Arrays,
-    blend,
-    blur,
-    blur_weights,
-    luma,
-    shift_hue,
-    taps,
-)
+from blto.data.view_backends.adjoints import blend_adjoint, blur_adjoint, resample_adjoint, shift_hue_adjoint
+from blto.data.view_backends.fast import HUE, Array, Arrays, blend, blur, luma, shift_hue, taps
 from blto.runtime.kernels import kernel, split
 
 STEPS = 6
@@ -49,126 +38,6 @@ def resample(image: Array, lines: Any, columns: Any, wide: Array, work: Array) -
             for i in range(size):
                 first = wide[upper[j], i]
                 work[c, j * size + i] = first + (wide[lower[j], i] - first) * down[j]
-
-
-@kernel(relaxed=True)
-def resample_adjoint(gradient: Array, lines: Any, columns: Any, wide: Array, out: Array) -> None:
-    """Add the adjoint of `resample` for `gradient` (3, S * S) to `out` (3, H, W)."""
-    upper, lower, down = lines
-    left, right, across = columns
-    size = left.shape[0]
-    for c in range(3):
-        wide[upper[0] : lower[size - 1] + 1] = 0
-        for j in range(size):
-            for i in range(size):
-                g = gradient[c, j * size + i]
-                wide[upper[j], i] += g * (np.float32(1.0) - down[j])
-                wide[lower[j], i] += g * down[j]
-        for y in range(upper[0], lower[size - 1] + 1):
-            for i in range(size):
-                g = wide[y, i]
-                out[c, y, left[i]] += g * (np.float32(1.0) - across[i])
-                out[c, y, right[i]] += g * across[i]
-
-
-@kernel(relaxed=True)
-def blend_adjoint(before: Array, gradient: Array, op: int, factor: Any) -> None:
-    """The adjoint of `blend` at `before` (3, P), in place on `gradient`."""
-    rest = np.float32(1.0) - factor
-    weights = (np.float32(0.2989), np.float32(0.587), np.float32(0.114))
-    pixels = before.shape[1]
-    mean = np.float32(0.0)
-    if op == CONTRAST:
-        for i in range(pixels):
-            mean += luma(before[0, i], before[1, i], before[2, i])
-        mean *= rest / np.float32(pixels)
-    to_mean = np.float32(0.0)
-    for i in range(pixels):
-        other = mean
-        if op == SATURATION:
-            other = rest * luma(before[0, i], before[1, i], before[2, i])
-        kept = np.float32(0.0)
-        for c in range(3):
-            mixed = factor * before[c, i] + other
-            if mixed < np.float32(0.0) or mixed > np.float32(1.0):
-                gradient[c, i] = np.float32(0.0)
-            kept += gradient[c, i]
-        to_mean += kept
-        to_gray = rest * kept if op == SATURATION else np.float32(0.0)
-        for c in range(3):
-            gradient[c, i] = factor * gradient[c, i] + weights[c] * to_gray
-    if op == CONTRAST:
-        to_mean *= rest / np.float32(pixels)
-        for c in range(3):
-            for i in range(pixels):
-                gradient[c, i] += weights[c] * to_mean
-
-
-@kernel(relaxed=True)
-def shift_hue_adjoint(before: Array, gradient: Array, factor: Any) -> None:
-    """The adjoint of `shift_hue` at `before` (3, P), in place on `gradient`; names as there."""
-    one, two, six = np.float32(1.0), np.float32(2.0), np.float32(6.0)
-    opposites = (np.float32(3.0), np.float32(-1.0), np.float32(1.0))
-    for i in range(before.shape[1]):
-        x, y, z = before[0, i], before[1, i], before[2, i]
-        highest = 0 if x >= y and x >= z else (1 if y >= z else 2)
-        top, bottom = before[highest, i], min(min(x, y), z)
-        chroma = top - bottom
-        within = y - z if highest == 0 else (z - x if highest == 1 else x - y)
-        turn = two * np.float32(highest) + six * factor
-        d_top = d_chroma = d_within = np.float32(0.0)
-        for c in range(3):
-            g = gradient[c, i]
-            d_top += g
-            offset = within + chroma * (turn - opposites[c])
-            near, side = abs(offset), one if offset >= 0 else -one
-            far = near - six * chroma
-            distance = min(near, abs(far))
-            drop = two * chroma - distance
-            if drop <= 0:
-                continue
-            if drop >= chroma:
-                d_chroma -= g
-                continue
-            d_chroma -= two * g
-            if near <= abs(far):
-                d_offset = side * g
-            else:
-                around = one if far >= 0 else -one
-                d_offset = around * side * g
-                d_chroma -= six * around * g
-            d_within += d_offset
-            d_chroma += d_offset * (turn - opposites[c])
-        at_top = at_bottom = np.float32(0.0)
-        for c in range(3):  # ties share alike, as torch's amax and amin have it: gray pixels are common
-            at_top += before[c, i] == top
-            at_bottom += before[c, i] == bottom
-        for c in range(3):
-            gradient[c, i] = (d_top + d_chroma) / at_top if before[c, i] == top else np.float32(0.0)
-            if before[c, i] == bottom:
-                gradient[c, i] -= d_chroma / at_bottom
-        gradient[(highest + 1) % 3, i] += d_within
-        gradient[(highest + 2) % 3, i] -= d_within
-
-
-@kernel(relaxed=True)
-def blur_adjoint(gradient: Array, sigma: float, radius: int, padded: Array) -> None:
-    """The adjoint of `blur` for one channel (S, S), in place."""
-    size, weights = gradient.shape[0], blur_weights(sigma, radius)
-    for _axis in range(2):
-        for j in range(size):
-            padded[:] = 0
-            for i in range(size):
-                for k in range(-radius, radius + 1):
-                    padded[radius + i + k] += weights[abs(k)] * gradient[j, i]
-            for i in range(size):
-                gradient[j, i] = padded[radius + i]
-            for k in range(1, radius + 1):
-                gradient[j, k] += padded[radius - k]
-                gradient[j, size - 1 - k] += padded[radius + size - 1 + k]
-        for j in range(size):
-            for i in range(j):
-                gradient[j, i], gradient[i, j] = gradient[i, j], gradient[j, i]
 
 
 @kernel(relaxed=True)

@@ -38,6 +38,17 @@ def supports(generator: HourglassGenerator, images: Tensor) -> bool:
 
 def raw_output(generator: HourglassGenerator, images: Tensor) -> Tensor:
     """As `HourglassGenerator.forward`: images (N, 3, H, W) in [0, 1] -> float32 (N, 3, H, W) in [-1, 1]."""
+    return squash(_unscaled(generator, images), generator.GAIN, cell=generator.CELL)
+
+
+def add_to(generator: HourglassGenerator, images: Tensor, epsilon: float) -> Tensor:
+    """As `HourglassGenerator.add_to`; there is no gradient from the sum to the images themselves."""
+    raw = _unscaled(generator, images)
+    return squash(raw, generator.GAIN, cell=generator.CELL, images=images, epsilon=epsilon)
+
+
+def _unscaled(generator: HourglassGenerator, images: Tensor) -> ops.Map:
+    """All but the last step: packed images of any size of value."""
     g, cell, gray = generator, generator.CELL, torch.full((3,), 0.5)
     cells = pack_images(images, gray, gray, cell=cell)
     full, _ = ops.convolve(cells, _by_cell(g.stem.weight, cell), g.stem.bias)
@@ -48,8 +59,7 @@ def raw_output(generator: HourglassGenerator, images: Tensor) -> Tensor:
     up, _ = ops.convolve(middle, g.up1.weight, g.up1.bias, enlarged=2)
     up, _ = ops.convolve(ops.activate(up, half), g.up2.weight, g.up2.bias, enlarged=2)
     head = _by_cell(g.head.weight.transpose(0, 1), cell).transpose(0, 1)
-    raw, _ = ops.convolve(ops.activate(up, full), head, None)
-    return squash(raw, g.GAIN, cell=cell)
+    return ops.convolve(ops.activate(up, full), head, None)[0]
 
 
 def _by_cell(weight: Tensor, cell: int) -> Tensor:

@@ -39,23 +39,30 @@ class _PackImages(torch.autograd.Function):
 
 class _Squash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gain: float, height: int, width: int, cell: int) -> Tensor:
-        out, ctx.gain, ctx.sizes = torch.empty(len(y) * BLOCK, 3, height, width), gain, (height * width, width, cell)
+    def forward(
+        ctx: Any, y: Tensor, gain: float, height: int, width: int, cell: int, images: Tensor | None, epsilon: float
+    ) -> Tensor:
+        out, ctx.sizes = torch.empty(len(y) * BLOCK, 3, height, width), (len(y), height * width, width, cell)
+        ctx.scales, ctx.is_added = (ctypes.c_float(gain), ctypes.c_float(epsilon)), images is not None
         inverse_rms = torch.empty(len(out))
+        images = None if images is None else images.float().contiguous()  # named, so that it outlives the call
         kernels().blto_squash_forward(
-            *(pointer(y), ctypes.c_float(gain), len(y), *ctx.sizes, True), *map(pointer, (out, inverse_rms))
+            *(pointer(y), ctx.scales[0], *ctx.sizes, True, pointer(images), ctx.scales[1]),
+            *map(pointer, (out, inverse_rms)),
         )
-        ctx.save_for_backward(y, inverse_rms)
+        ctx.save_for_backward(y, inverse_rms, out if ctx.is_added else None)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        y, inverse_rms = ctx.saved_tensors
-        (dout, planar), dy = _dense(dout), torch.empty_like(y)
-        given = *map(pointer, (dout, y, inverse_rms)), ctypes.c_float(ctx.gain)
-        kernels().blto_squash_backward(*given, len(y), *ctx.sizes, planar, pointer(dy))
-        return dy, None, None, None, None
+        y, inverse_rms, clipped = ctx.saved_tensors
+        dout, planar = (dout.float().contiguous(), True) if ctx.is_added else _dense(dout)
+        dy = torch.empty_like(y)
+        kernels().blto_squash_backward(
+            *map(pointer, (dout, clipped, y, inverse_rms)), *ctx.scales, *ctx.sizes, planar, pointer(dy)
+        )
+        return dy, *[None] * 6
 
 
 def _dense(images: Tensor) -> tuple[Tensor, bool]:
@@ -75,7 +82,10 @@ def pack_images(images: Tensor, mean: Tensor, std: Tensor, *, cell: int = 1) -> 
     return Map(y, images.shape[2] // cell, images.shape[3] // cell)
 
 
-def squash(raw: Map, gain: float, *, cell: int = 1) -> Tensor:
-    """tanh(gain r / rms(r)), float32 (N, 3, H, W), of packed images r; the root mean square is each image's own."""
-    images: Tensor = _Squash.apply(raw.y, gain, raw.height * cell, raw.width * cell, cell)
-    return images
+def squash(raw: Map, gain: float, *, cell: int = 1, images: Tensor | None = None, epsilon: float = 1.0) -> Tensor:
+    """t = tanh(gain r / rms(r)), float32 (N, 3, H, W), of packed images r; the root mean square is each image's own.
+
+    Where float `images` (N, 3, H, W) are given, images + epsilon t, clipped to [0, 1]; they get no gradient.
+    """
+    out: Tensor = _Squash.apply(raw.y, gain, raw.height * cell, raw.width * cell, cell, images, epsilon)
+    return out

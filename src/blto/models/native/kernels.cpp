@@ -14,6 +14,8 @@
 // All functions take raw pointers that the caller has checked, and run on OpenMP's threads over blocks. They return
 // DONE, or NO_MEMORY where their working memory could not be had; what they were to write is then undefined.
 
+#include "common.h"
+
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/syscall.h>
@@ -30,11 +32,8 @@ namespace {
 
 using bf16 = uint16_t;
 
-constexpr int GROUP = 16;          // images side by side in a register
-constexpr int BLOCK = 2 * GROUP;   // images side by side in a block
 constexpr int ROW = 2 * GROUP;     // bf16 values in a register: 16 images x 2 channels
 constexpr int TILE = 16 * ROW;     // bf16 values in a tile, also the stride of packed weights
-constexpr int DONE = 0, NO_MEMORY = 1;
 constexpr int STRIP = 4;           // channel pairs whose constants and sums stay in registers
 
 // ---------------------------------------------------------------------------------------------------- registers
@@ -91,9 +90,6 @@ inline void transpose(__m512i r[16]) {
   }
 }
 
-// NaN stays NaN: the instruction returns its second operand where either is.
-inline __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
-
 // A rational approximation that is exact to a few units in the last place of a float; NaN stays NaN.
 inline __m512 tanh(__m512 v) {
   const __m512 limit = _mm512_set1_ps(7.90531110763549805f);
@@ -131,24 +127,6 @@ void configure_tiles(int depth) {
   for (int t = 6; t < 8; ++t) config.rows[t] = uint8_t(depth / 2), config.bytes_per_row[t] = 64;
   _tile_loadconfig(&config);
 }
-
-// A scratch buffer that grows, one per thread and purpose; aligned to cache lines.
-struct Scratch {
-  void* memory = nullptr;
-  size_t size = 0;
-  // Room for `count` values; null, and `failed`, where there is none. An exception could not leave a thread's region.
-  template <class T>
-  T* get(size_t count, std::atomic<bool>& failed) {
-    if (count * sizeof(T) > size) {
-      std::free(memory);
-      size = (count * sizeof(T) + 4095) / 4096 * 4096;
-      memory = std::aligned_alloc(4096, size);
-      if (!memory) size = 0, failed = true;
-    }
-    return static_cast<T*>(memory);
-  }
-  ~Scratch() { std::free(memory); }
-};
 
 // ---------------------------------------------------------------------------------------------------- geometry
 
@@ -604,7 +582,7 @@ size_t packed_size(int taps, int inputs, int outputs) {
 extern "C" {
 
 // The version of the entry points below; `library.py` refuses a library that was built from another one.
-int blto_abi() { return 4; }
+int blto_abi() { return 5; }
 
 // Ask the kernel for the tile registers. 0: granted.
 int blto_request_amx() { return int(syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */)); }
@@ -644,10 +622,10 @@ int blto_pack_images_backward(const bf16* gradient, const float* inverse_std, in
   return DONE;
 }
 
-// out = tanh(gain r / rms(r)), with r of packed images and its root mean square over each image, as float images;
-// `inverse_rms` is [n].
+// out = t = tanh(gain r / rms(r)), with r of packed images and its root mean square over each image, as float images;
+// or, where `images` is not null, image + epsilon t, clipped to [0, 1]. `inverse_rms` is [n].
 int blto_squash_forward(const bf16* r, float gain, int blocks, int pixels, int width, int cell, int planar,
-                         float* out, float* inverse_rms) {
+                         const float* images, float epsilon, float* out, float* inverse_rms) {
   const Cells cells{pixels, width, cell};
   const Images place{pixels, planar != 0};
 #pragma omp parallel for schedule(static)
@@ -665,20 +643,28 @@ int blto_squash_forward(const bf16* r, float gain, int blocks, int pixels, int w
         load_colours(r + cells.at(b, group, p), v);
         for (int i = 0; i < 3; ++i) v[i] = tanh(_mm512_mul_ps(v[i], scale));
       });
+      const size_t start = place.start(b, group), end = place.start(b, group + 1);
+      for (size_t i = start; images && i < end; i += GROUP) {
+        const __m512 moved = _mm512_fmadd_ps(_mm512_set1_ps(epsilon), _mm512_loadu_ps(out + i), _mm512_loadu_ps(images + i));
+        _mm512_storeu_ps(out + i, _mm512_min_ps(_mm512_set1_ps(1.0f), relu(moved)));
+      }
     }
   return DONE;
 }
 
-// Its backward pass: dout, float images, into dr, like r.
-int blto_squash_backward(const float* dout, const bf16* r, const float* inverse_rms, float gain, int blocks, int pixels,
-                          int width, int cell, int planar, bf16* dr) {
+// Its backward pass: dout, float images, into dr, like r. `clipped` is `out` where images were given, else null: then
+// the gradient ends at what left [0, 1].
+int blto_squash_backward(const float* dout, const float* clipped, const bf16* r, const float* inverse_rms, float gain,
+                          float epsilon, int blocks, int pixels, int width, int cell, int planar, bf16* dr) {
   const Cells cells{pixels, width, cell};
   const Images place{pixels, planar != 0};
   std::atomic<bool> failed{false};
 #pragma omp parallel
   {
-    static thread_local Scratch memory;  // the gradient at r with the scale held, [pixel][3][16 images]
-    float* held = memory.get<float>(size_t(pixels) * 3 * GROUP, failed);
+    static thread_local Scratch memory, gradient_memory;
+    const size_t group_size = size_t(pixels) * 3 * GROUP;
+    float* held = memory.get<float>(group_size, failed);  // the gradient at r with the scale held, [pixel][3][16 images]
+    float* within = gradient_memory.get<float>(clipped ? group_size : 0, failed);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int b = 0; b < (failed ? 0 : blocks); ++b)
@@ -686,7 +672,18 @@ int blto_squash_backward(const float* dout, const bf16* r, const float* inverse_
         const __m512 inverse = _mm512_loadu_ps(inverse_rms + b * BLOCK + group * GROUP);
         const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(gain), inverse), one = _mm512_set1_ps(1.0f);
         __m512 along = _mm512_setzero_ps();
-        from_images(dout + place.start(b, group), place, [&](int p, __m512 g[3]) {
+        const float* gradient = dout + place.start(b, group);
+        if (clipped) {
+          const float* out = clipped + place.start(b, group);
+          for (size_t i = 0; i < group_size; i += GROUP) {
+            const __m512 v = _mm512_loadu_ps(out + i);
+            const __mmask16 inside = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ) &
+                                     _mm512_cmp_ps_mask(v, one, _CMP_LT_OQ);
+            _mm512_store_ps(within + i, _mm512_maskz_mul_ps(inside, _mm512_set1_ps(epsilon), _mm512_loadu_ps(gradient + i)));
+          }
+          gradient = within;
+        }
+        from_images(gradient, place, [&](int p, __m512 g[3]) {
           __m512 v[3];
           load_colours(r + cells.at(b, group, p), v);
           for (int i = 0; i < 3; ++i) {

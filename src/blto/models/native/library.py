@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 4
+ABI = 5
 """Of `kernels.cpp`: raised there and here when an entry point's arguments or results change."""
 
 ENTRY_POINTS = (
@@ -23,6 +23,7 @@ ENTRY_POINTS = (
     "blto_merge_backward",
     "blto_pool_forward",
     "blto_pool_backward",
+    "blto_folded_features",
 )
 
 
