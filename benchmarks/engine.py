@@ -30,7 +30,7 @@ from blto.models.native.library import find_kernels
 from blto.runtime.device import processor_name
 
 RESULT = Path(__file__).parent / "results" / "engine.json"
-CPU_RECIPE = Path(__file__).parents[1] / "configs" / "cifar10-cpu.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def training(images: ImageSet, width: int, batch_size: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -63,9 +63,10 @@ def views(images: ImageSet, threads: int, rounds: int) -> dict[str, Any]:
     return summary(f"augmentation alone, one process, threads: {threads}", turns)
 
 
-def bilevel(images: ImageSet, generator: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """What a BLTO round costs (inner and outer step of the CPU recipe, batches of one size), in inner steps alone."""
-    recipe = load_yaml(CPU_RECIPE)["attack"]
+def bilevel(images: ImageSet, config: str, rounds: int) -> dict[str, Any]:
+    """What a BLTO round costs (inner and outer step of a recipe, batches of one size), in inner steps alone."""
+    recipe = load_yaml(CONFIGS / config)["attack"]
+    generator = recipe["generator"]
     batch_size = recipe["bilevel"]["surrogate"]["batch_size"]
     alternating = {"rounds": 10**6, "reinitialise_every": 10**6, "inner_steps": 1, "outer_steps": 1}
     spec = BilevelSpec.model_validate({**recipe["bilevel"], **alternating, "outer_batch_size": batch_size})
@@ -88,7 +89,7 @@ def bilevel(images: ImageSet, generator: dict[str, Any], rounds: int) -> dict[st
         return OUTER_STEPS_PER_ESTIMATE
 
     turns = timing.interleave({"ours": inner, "BLTO round": both}, rounds=rounds)
-    return summary(f"step of the surrogate alone (a second; generator {generator['name']})", turns)
+    return summary(f"step of the surrogate alone (a second; {config}, generator {generator['name']})", turns)
 
 
 def features_and_knn(train: ImageSet, test: ImageSet, rounds: int) -> dict[str, Any]:
@@ -151,8 +152,8 @@ def main() -> None:
         lambda: training_with_workers(train, 16, 256, 10, 3),
         lambda: views(train, 1, given.rounds),
         lambda: views(train, 2, given.rounds),
-        lambda: bilevel(train, {"name": "unet", "width": 24}, given.rounds),
-        lambda: bilevel(train, {"name": "hourglass"}, given.rounds),
+        lambda: bilevel(train, "cifar10-blto.yaml", given.rounds),
+        lambda: bilevel(train, "cifar10-cpu.yaml", given.rounds),
         lambda: features_and_knn(train, test, given.rounds),
     ):
         part = measure()

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from blto.data import load
-from blto.data.images import ImageSet
+from blto.data.images import ImageSet, hold_out
 from blto.data.views import Views
 from blto.evaluation import extract
 from blto.evaluation.probes import knn_predict
@@ -32,14 +32,7 @@ from blto.runtime.device import keep_freed_memory
 CANDIDATES = Path(__file__).parent / "recipes.yaml"
 RESULT = Path(__file__).parent / "results" / "recipe_search.jsonl"
 HELD_OUT = 5_000
-SPLIT_SEED = 12345
 SEED = 100
-
-
-def split(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """45,000 images to train on and 5,000 others to judge by, both from the training set."""
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-    return images.subset(np.sort(order[HELD_OUT:])), images.subset(np.sort(order[:HELD_OUT]))
 
 
 def images_per_second(images: ImageSet, spec: PretrainingSpec, *, steps: int = 24) -> float:
@@ -59,7 +52,7 @@ def images_per_second(images: ImageSet, spec: PretrainingSpec, *, steps: int = 2
 
 def train_and_judge(overrides: dict[str, Any], core_minutes: float, images: ImageSet) -> dict[str, Any]:
     """One candidate: what it was, how long it took, and the percent of held-out images that kNN gets right."""
-    train, held_out = split(images)
+    train, held_out = hold_out(images, HELD_OUT)
     spec = PretrainingSpec.model_validate(overrides)
     speed = images_per_second(train, spec)
     epochs = max(1, round(core_minutes * 60 * speed / len(train)))

@@ -13,6 +13,7 @@ from blto import experiment
 from blto.attacks.base import Surroundings, TrainedTrigger, poison_with
 from blto.attacks.untrained_generator import UntrainedGenerator
 from blto.data.images import ImageSet
+from blto.errors import ConfigError
 from blto.experiment import Data, Environment, ExperimentSpec, craft_stage, load_data, pretrain_stage
 from blto.poisoning import apply_to_uint8, load_trigger
 from blto.pretraining.loop import Pretrained, pretrain
@@ -98,6 +99,21 @@ def test_the_attacker_s_images_and_the_victim_s_divide_every_class(tmp_path: Pat
 def test_without_a_share_the_attacker_has_the_victim_s_images(tmp_path: Path) -> None:
     data = load_data(parse(attacker_share=0.0), somewhere(tmp_path))
     assert data.attacker.content_hash == data.train.content_hash
+
+
+def test_held_out_images_take_the_test_set_s_place_and_nobody_trains_on_them(tmp_path: Path) -> None:
+    whole = load_data(parse(attacker_share=0.0), somewhere(tmp_path))
+    parts = [load_data(parse(held_out=20, seed=seed), somewhere(tmp_path)) for seed in (3, 4)]
+    assert len({data.test.content_hash for data in parts}) == 1
+    for data in parts:
+        assert len(data.test) == 20
+        assert pixels(data.test) < pixels(whole.train)
+        assert pixels(data.train) | pixels(data.attacker) == pixels(whole.train) - pixels(data.test)
+
+
+def test_too_many_held_out_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"held_out is 120; .* has 120 training images, give fewer"):
+        load_data(parse(held_out=120), somewhere(tmp_path))
 
 
 def test_the_trigger_is_learned_on_the_attacker_s_images_alone(seen: Seen) -> None:

@@ -21,7 +21,7 @@ from blto.attacks import ATTACKS
 from blto.attacks.base import Attack, Surroundings, check_target, poison_with
 from blto.attacks.crafting import CHECKPOINT
 from blto.data import DATASETS, load
-from blto.data.images import ImageSet
+from blto.data.images import ImageSet, hold_out
 from blto.errors import BltoError, ConfigError
 from blto.evaluation import check_probe
 from blto.files import show
@@ -61,6 +61,8 @@ class ExperimentSpec(BaseModel):
         pretraining: the victim's recipe.
         attacker_share: 0 (the paper's setting): the attacker learns the trigger on the victim's own training images.
             Above 0: on this share of the training images, of every class, which the victim then never sees.
+        held_out: 0 evaluates on the test set; above 0 so many training images, the same for every seed, take its place
+            and nobody trains on them: for choosing recipes, so that the test set is read once.
         probes: probe name -> options; "linear" is the headline.
     """
 
@@ -71,6 +73,7 @@ class ExperimentSpec(BaseModel):
     attack: component(ATTACKS)  # type: ignore[valid-type]  # made from the registry
     pretraining: PretrainingSpec = PretrainingSpec()
     attacker_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    held_out: Annotated[int, Field(ge=0)] = 0
     probes: Annotated[dict[str, dict[str, Any]], AfterValidator(_known_probes)] = {"linear": {}, "knn": {}}
 
     @classmethod
@@ -134,9 +137,13 @@ class Data:
 
 
 def load_data(spec: ExperimentSpec, environment: Environment) -> Data:
-    """Read the data set and, where the attacker has images of its own, divide the training images."""
+    """Read the data set; divide the training images where some are held out or the attacker has some of its own."""
     root, progress = environment.data_root, environment.progress
-    train, test = (load(spec.data, data_root=root, split=split, progress=progress) for split in ("train", "test"))
+    train = load(spec.data, data_root=root, split="train", progress=progress)
+    if spec.held_out:
+        train, test = hold_out(train, spec.held_out)
+    else:
+        test = load(spec.data, data_root=root, split="test", progress=progress)
     if spec.attacker_share == 0:
         return Data(train, train, test)
     if train.labels is None:

@@ -17,6 +17,8 @@ from blto.errors import ConfigError, InputRefused
 
 Split = Literal["train", "test"]
 
+HOLD_OUT_SEED = 12345
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -103,6 +105,18 @@ class ImageSet:
         pixels = np.array(self.images)
         pixels[indices] = images
         return dataclasses.replace(self, images=pixels)
+
+
+def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+    """Training images to train on, and `count` others to choose recipes by: the same ones for every seed and caller.
+
+    Raises:
+        ConfigError: there are too few images to leave one to train on.
+    """
+    if count >= len(images):
+        raise ConfigError(f"held_out is {count}; {images.name} has {len(images)} training images, give fewer of them.")
+    order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(images))
+    return images.subset(np.sort(order[count:])), images.subset(np.sort(order[:count]))
 
 
 @contextmanager
