@@ -879,7 +879,6 @@ int blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const 
     static thread_local Scratch memory;  // running sums of [scale, scale_r, shift][channel][16 images]
     float* lanes = memory.get<float>(size_t(3) * channels * GROUP, failed);
     auto add = [&](int which, int k, __m512 v) {
-      if (!sums) return;
       float* at = lanes + (size_t(which) * channels + k) * GROUP;
       _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), v));
     };
@@ -893,15 +892,20 @@ int blto_merge_backward(const bf16* dout, const bf16* out, const bf16* y, const 
           const int k = 2 * c;
           // out is never below zero, so it is positive where its magnitude is not zero
           const __mmask32 positive = _mm512_test_epi16_mask(load(out + at), magnitude);
-          const __m512i g = _mm512_maskz_mov_epi16(positive, load(dout + at)), v = load(y + at);
+          const __m512i g = _mm512_maskz_mov_epi16(positive, load(dout + at));
           const __m512 g0 = low(g), g1 = high(g);
-          add(0, k, _mm512_mul_ps(g0, low(v))), add(0, k + 1, _mm512_mul_ps(g1, high(v)));
-          add(2, k, g0), add(2, k + 1, g1);
+          if (sums) {  // only they need the maps themselves
+            const __m512i v = load(y + at);
+            add(0, k, _mm512_mul_ps(g0, low(v))), add(0, k + 1, _mm512_mul_ps(g1, high(v)));
+            add(2, k, g0), add(2, k + 1, g1);
+          }
           store(dy + at, pack(_mm512_mul_ps(g0, _mm512_set1_ps(scale[k])), _mm512_mul_ps(g1, _mm512_set1_ps(scale[k + 1]))));
           if (!residual) continue;
           if (scale_r) {
-            const __m512i u = load(residual + at);
-            add(1, k, _mm512_mul_ps(g0, low(u))), add(1, k + 1, _mm512_mul_ps(g1, high(u)));
+            if (sums) {
+              const __m512i u = load(residual + at);
+              add(1, k, _mm512_mul_ps(g0, low(u))), add(1, k + 1, _mm512_mul_ps(g1, high(u)));
+            }
             store(dr + at, pack(_mm512_mul_ps(g0, _mm512_set1_ps(scale_r[k])),
                                 _mm512_mul_ps(g1, _mm512_set1_ps(scale_r[k + 1]))));
           } else {
