@@ -52,10 +52,10 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         patch.setattr(api, "evaluate_backdoor", evaluating)
         (record,) = blto.run(config, store=store, device="cpu", quiet=True)
         folder = store / record.run_id
-        files = {"encoder": folder / "encoder.safetensors", "trigger": folder / "trigger.safetensors"}
-        blto.evaluate(config, clean_twin=files["encoder"], **files, device="cpu", quiet=True)
+        encoder, trigger = folder / "encoder.safetensors", folder / "trigger.safetensors"
+        blto.evaluate(config, encoder=encoder, clean_twin=encoder, trigger=trigger, device="cpu", quiet=True)
     data = load_data(ExperimentSpec.parse(config), api.environment(store=store, device="cpu"))
-    return Seen(record, folder, config, load_trigger(files["trigger"]), data, given)
+    return Seen(record, folder, config, load_trigger(trigger), data, given)
 
 
 def manifest_in(folder: Path) -> dict[str, Any]:

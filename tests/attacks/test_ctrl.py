@@ -47,7 +47,8 @@ def by_definition(images: Tensor) -> Array:
 
 def in_yuv(change: Tensor) -> Array:
     """A difference of RGB images in [0, 1], in YUV on the scale of 8-bit values."""
-    return np.einsum("dc,bchw->bdhw", YUV, change.double().numpy() * 255)
+    found: Array = np.einsum("dc,bchw->bdhw", YUV, change.double().numpy() * 255)
+    return found
 
 
 def blocks(planes: Array, window: int) -> Array:

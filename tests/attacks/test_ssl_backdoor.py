@@ -59,7 +59,7 @@ def draws(trigger: PatchTrigger, size: int) -> Tensor:
     images = torch.zeros(DRAWS, 3, size, size, dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
     images[:, :, 0] = torch.randint(0, 256, (DRAWS, 3, size), generator=generator, dtype=torch.uint8)
-    parts = (part.float() / 255 for part in images.split(1000))
+    parts = (images[start : start + 1000].float() / 255 for start in range(0, DRAWS, 1000))
     return torch.tensor([c for part in parts for c in places(part, trigger.size, trigger.placement, seed=trigger.seed)])
 
 

@@ -26,8 +26,7 @@ class CTRL(Attack):
     budget: the largest change is 0.216 times the magnitude, 11 of 255 on poisons and 22 at test by default.
 
     Where this differs from the authors' code: poisons are a random choice among the target class's images, not the
-    first ones of the file; a window has to divide the image's side; the way back from YUV is the exact inverse; values
-    are rounded to 8 bits, not cut off.
+    first ones of the file; a window has to divide the image's side; the way back from YUV is the exact inverse.
 
     Args:
         target_class, poison_rate: as in every attack.

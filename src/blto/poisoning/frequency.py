@@ -39,7 +39,7 @@ def yuv_to_rgb(images: Tensor) -> Tensor:
 def dct_matrix(size: int) -> npt.NDArray[np.float64]:
     """The orthonormal DCT-II as a matrix D (size, size): D x is the transform of x, and D^T undoes it."""
     frequency, place = np.arange(size)[:, None], np.arange(size)[None, :]
-    matrix = np.sqrt(2 / size) * np.cos(np.pi * (2 * place + 1) * frequency / (2 * size))
+    matrix: npt.NDArray[np.float64] = np.sqrt(2 / size) * np.cos(np.pi * (2 * place + 1) * frequency / (2 * size))
     matrix[0] /= np.sqrt(2)
     return matrix
 
