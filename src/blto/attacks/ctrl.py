@@ -45,7 +45,7 @@ class CTRL(Attack):
         "arXiv 2210.07346",
         2023,
         "data poisoning",
-        "none: L-infinity is 11/255 on poisons, 22/255 at test, by default",
+        "unbounded; L-infinity is 11/255 on poisons, 22/255 at test, by default",
     )
 
     def __init__(

@@ -55,7 +55,7 @@ class SSLBackdoor(Attack):
         "arXiv 2105.10123",
         2022,
         "data poisoning",
-        "none: the patch replaces what it covers",
+        "unbounded; the patch replaces what it covers",
     )
 
     def __init__(
