@@ -28,6 +28,21 @@ def test_the_page_of_blto_names_every_option() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["ctrl", "ssl_backdoor"])
+def test_the_page_of_an_attack_names_every_option(name: str) -> None:
+    from blto.attacks import ATTACKS
+
+    page = (ROOT / f"docs/attacks/{name}.md").read_text()
+    assert set(ATTACKS.schema(name).model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_in_the_repository_is_one(path: Path) -> None:
+    from blto.configuration import read_specs
+
+    assert read_specs(path, [], None)
+
+
 def test_the_metrics_page_defines_every_metric() -> None:
     from blto.evaluation.metrics import METRIC_NAMES
 

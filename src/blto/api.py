@@ -172,14 +172,14 @@ def evaluate(
     """
     spec, where = read_spec(config, set, seed), environment(**options)
     network, twin = (load_encoder(each).to(where.device) for each in (encoder, clean_twin))
-    pattern = load_trigger(trigger)
+    at_test = load_trigger(trigger).at_test()
     data = experiment.load_data(spec, where)
     return evaluate_backdoor(
         network,
         twin,
         train=data.train,
         test=data.test,
-        triggered=apply_to_uint8(pattern, data.test.images),
+        triggered=apply_to_uint8(at_test, data.test.images),
         target_class=experiment.build_attack(spec, data).target_class,
         probes=spec.probes,
     ).metrics
@@ -216,7 +216,10 @@ def load_record(path: AnyPath) -> RunRecord:
 
 
 def load_trigger(path: AnyPath) -> Trigger:
-    """A trigger from its file: a module, images (B, 3, H, W) in [0, 1] -> the same, triggered."""
+    """A trigger from its file: a module, images (B, 3, H, W) in [0, 1] -> the same, triggered.
+
+    It makes poisons; `load_trigger(path).at_test()` is what test images get, which for some attacks is another.
+    """
     return poisoning.load_trigger(Path(path))
 
 

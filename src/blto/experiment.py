@@ -160,6 +160,7 @@ def build_attack(spec: ExperimentSpec, data: Data) -> Attack:
     """The attack of a spec, checked against the data before anything is written."""
     attack = ATTACKS.build(spec.attack)
     check_target(data.train, attack.target_class)
+    attack.check_images(data.train)
     epsilon = spec.attack.get("epsilon")
     if epsilon is not None and Budget(epsilon).levels == 0:
         raise ConfigError(

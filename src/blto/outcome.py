@@ -61,7 +61,7 @@ def conclude(
     """
     target_class = poisoned.plan.target_class
     encoder, twin = (load_encoder(stages[name].path / ENCODER).to(device) for name in ("victim", "clean_twin"))
-    triggered = apply_to_uint8(trigger, test.images)
+    triggered = apply_to_uint8(trigger.at_test(), test.images)
     found = evaluate_backdoor(
         encoder,
         twin,

@@ -158,6 +158,21 @@ def surrogate(**changes: Any) -> dict[str, Any]:
             "attack.epsilon is 0.00352941, less than one 8-bit step, so no image would change; give 1/255 to 1.",
         ),
         (surrogate(inner_poison_rate=0.2), "run craft", "asks for 24 images"),
+        (
+            {"attack": {"name": "ctrl", "target_class": 0, "poison_rate": 0.05}},
+            "run craft",
+            "attack.window is 32, but images of synthetic have 16 pixels a side; give a divisor of 16",
+        ),
+        (
+            {"attack": {"name": "ctrl", "target_class": 0, "window": 8, "positions": [3, 8]}},
+            "run craft",
+            "attack.positions are 3, 8, and a window has 8 coefficients a side; give different numbers from 0 to 7.",
+        ),
+        (
+            {"attack": {"name": "ssl_backdoor", "target_class": 0, "poison_rate": 0.05, "patch_size": 17}},
+            "run craft",
+            "attack.patch_size is 17, larger than the images of synthetic, which have 16 pixels a side; give 1 to 16.",
+        ),
         ({"controls": [{"name": "untrained_generator", "target_class": 10}]}, "run", "0 to 9"),
         ({"controls": ["clean", {**UNTRAINED, "poison_rate": 0.2}]}, "run", "asks for 24 images"),
         (

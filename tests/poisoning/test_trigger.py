@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from blto.errors import ConfigError
 from blto.models import GENERATORS
-from blto.poisoning import AdditiveTrigger, Budget, GeneratorTrigger, IdentityTrigger, Trigger, project
+from blto.poisoning import (
+    AdditiveTrigger,
+    Budget,
+    FrequencyTrigger,
+    GeneratorTrigger,
+    IdentityTrigger,
+    PatchTrigger,
+    Trigger,
+    project,
+)
 from blto.poisoning.trigger import Parametrisation
 
 UNET = {"name": "unet", "width": 4}
@@ -80,6 +89,15 @@ def test_levels_round_down_but_allow_for_decimals() -> None:
     assert Budget(0.0).levels == 0
 
 
+def test_a_budget_of_the_whole_range_declares_none() -> None:
+    assert (Budget(8 / 255).declared, Budget(0).declared, Budget(1).declared) == (8 / 255, 0.0, None)
+
+
+def test_a_trigger_is_the_same_on_test_images_unless_its_attack_says_otherwise() -> None:
+    for trigger in (IdentityTrigger(), _generator(), AdditiveTrigger(torch.ones(3, 4, 4), Budget(0.1))):
+        assert trigger.at_test() is trigger
+
+
 @pytest.mark.parametrize(("raw", "reached"), [(1.0, 8 / 255), (-1.0, -8 / 255), (0.0, 0.0), (0.5, 4 / 255)])
 def test_residual_generator_moves_by_a_share_of_epsilon(raw: float, reached: float) -> None:
     out = GeneratorTrigger(Constant(raw), Budget(8 / 255), UNET)(torch.full(SHAPE, 0.5))
@@ -113,9 +131,27 @@ def _generator(parametrisation: Parametrisation = "residual", epsilon: float = 0
     return GeneratorTrigger(GENERATORS.build(UNET), Budget(epsilon), UNET, parametrisation)
 
 
+def _frequency() -> Trigger:
+    return FrequencyTrigger(magnitude=300, test_magnitude=400, window=4, positions=(1, 3))
+
+
+def _patch() -> Trigger:
+    patch = torch.full((3, 2, 2), 255, dtype=torch.uint8)
+    return PatchTrigger(patch, seed=1, placement=(0, 0.5), test_placement=(0, 1))
+
+
 @pytest.mark.parametrize(
     "make",
-    [IdentityTrigger, _generator, lambda: _generator("image"), lambda: AdditiveTrigger(torch.ones(3, 4, 4), Budget(0))],
+    [
+        IdentityTrigger,
+        _generator,
+        lambda: _generator("image"),
+        lambda: AdditiveTrigger(torch.ones(3, 4, 4), Budget(0)),
+        _frequency,
+        _patch,
+        lambda: _frequency().at_test(),
+        lambda: _patch().at_test(),
+    ],
 )
 def test_every_kind_respects_its_budget_and_can_be_differentiated(make: Callable[[], Trigger]) -> None:
     trigger = make()
@@ -132,6 +168,7 @@ def test_identity_depends_on_kind_budget_spec_and_weights() -> None:
     with torch.no_grad():
         next(other.parameters())[0, 0, 0, 0] += 1e-6
     kinds = [_generator(), _generator("image"), _generator(epsilon=0.2), other, IdentityTrigger()]
+    kinds += [_frequency(), _frequency().at_test(), _patch(), _patch().at_test()]
     assert len({trigger.identity for trigger in kinds}) == len(kinds)
     assert _generator().identity == _generator().identity
 

@@ -16,8 +16,10 @@ from blto.models import GENERATORS
 from blto.poisoning import (
     AdditiveTrigger,
     Budget,
+    FrequencyTrigger,
     GeneratorTrigger,
     IdentityTrigger,
+    PatchTrigger,
     Trigger,
     apply_to_uint8,
     load_trigger,
@@ -26,6 +28,10 @@ from blto.poisoning import (
 from blto.poisoning.trigger import trigger_identity
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
+
+
+_PATCH = torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2)
+_KINDS = ["identity", "additive", "unet", "hourglass", "resnet", "frequency", "patch"]
 
 
 def _triggers() -> list[Trigger]:
@@ -39,10 +45,12 @@ def _triggers() -> list[Trigger]:
         GeneratorTrigger(GENERATORS.build(unet), Budget(0.1), unet),
         GeneratorTrigger(GENERATORS.build(hourglass), Budget(0.1), hourglass),
         GeneratorTrigger(GENERATORS.build(resnet), Budget(1), resnet, "image"),
+        FrequencyTrigger(magnitude=50, test_magnitude=100, window=8, positions=(3, 7)),
+        PatchTrigger(_PATCH, seed=2**62, placement=(0.25, 0.75), test_placement=(0.1, 0.9)),
     ]
 
 
-@pytest.mark.parametrize("trigger", _triggers(), ids=["identity", "additive", "unet", "hourglass", "resnet"])
+@pytest.mark.parametrize("trigger", _triggers(), ids=_KINDS)
 def test_round_trip(trigger: Trigger, tmp_path: Path) -> None:
     path = tmp_path / "trigger.safetensors"
     save_trigger(path, trigger)
@@ -56,6 +64,8 @@ def test_round_trip(trigger: Trigger, tmp_path: Path) -> None:
     assert not loaded.training
     assert all(p.requires_grad and not p.is_meta for p in loaded.parameters())
     assert np.array_equal(apply_to_uint8(loaded, IMAGES), apply_to_uint8(trigger, IMAGES))
+    assert loaded.at_test().identity == trigger.at_test().identity
+    assert np.array_equal(apply_to_uint8(loaded.at_test(), IMAGES), apply_to_uint8(trigger.at_test(), IMAGES))
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -87,6 +97,9 @@ def _forge(path: Path, spec: Any, arrays: dict[str, Any]) -> None:
 
 ADDITIVE = {"kind": "additive", "epsilon": 0.1, "image_size": 2}
 HUGE = {"kind": "generator", "epsilon": 0.1, "parametrisation": "residual"}
+WAVES = {"kind": "frequency", "magnitude": 50.0, "test_magnitude": 100.0, "window": 8, "positions": [3, 7]}
+PATCH = {"kind": "patch", "patch_size": 2, "seed": 0, "placement": [0.2, 0.8], "test_placement": [0, 1]}
+PIXELS = np.zeros((3, 2, 2), dtype=np.uint8)
 DELTA = np.zeros((3, 2, 2), dtype=np.float32)
 
 
@@ -106,6 +119,15 @@ DELTA = np.zeros((3, 2, 2), dtype=np.float32)
         (ADDITIVE, {"delta": DELTA.astype(np.float64)}, "1 of its tensors do not fit"),
         ({**HUGE, "generator": {"name": "resnet", "width": 256, "blocks": 16}}, {"delta": DELTA}, "do not fit"),
         ({**HUGE, "generator": {"name": "os:system"}}, {}, "unknown generator"),
+        ({**WAVES, "positions": [8]}, {}, "positions are 8, and a window has 8 coefficients a side"),
+        ({**WAVES, "positions": list(range(10**5))}, {}, "positions are 0, 1, 2,"),
+        ({**WAVES, "magnitude": 1e30}, {}, "less than or equal to 10000"),
+        (WAVES, {"delta": DELTA}, "1 of its tensors do not fit"),
+        ({**PATCH, "patch_size": 3}, {"patch": PIXELS}, "1 of its tensors do not fit .*patch"),
+        ({**PATCH, "placement": [0.8, 0.2]}, {"patch": PIXELS}, "0 <= from <= to <= 1"),
+        ({**PATCH, "placement": [0.5]}, {"patch": PIXELS}, "placement"),
+        (PATCH, {"patch": PIXELS.astype(np.float32)}, "1 of its tensors do not fit"),
+        (PATCH, {}, "1 of its tensors do not fit"),
     ],
 )
 def test_a_forged_file_is_refused(spec: Any, arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -115,6 +137,7 @@ def test_a_forged_file_is_refused(spec: Any, arrays: dict[str, Any], message: st
         load_trigger(path)
     assert refusal.value.code == "CKPT-REFUSED"
     assert "\x1b" not in str(refusal.value)
+    assert len(str(refusal.value).removeprefix(str(path))) < 300
 
 
 def test_weights_swapped_under_the_same_identity_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from blto.records import Metric, RunRecord
 from blto.report import markdown_table, results_table
-from blto.report.tables import probes, rows_over_seeds, table_rows
+from blto.report.tables import Row, probes, rows_over_seeds, table_rows
 from blto.report.wording import interval, lookup, percent, points, with_interval
 
 MakeRecord = Callable[..., RunRecord]
@@ -56,6 +56,27 @@ def test_the_terminal_table_fits_eighty_columns_and_tells_everything(make_record
     assert "took" in first[2]
     assert "n 10,000" in first[2]
     assert "not taken" in text
+
+
+def test_an_attack_without_a_budget_shows_what_it_reached(make_record: MakeRecord) -> None:
+    def row(attack: str = "ctrl", poisons: float | None = 11 / 255, test: float | None = 22 / 255) -> Row:
+        provenance = {} if poisons is None else {"poison": {"epsilon_reached": poisons}}
+        stealth = {} if test is None else {"linf": test}
+        return table_rows([make_record(spec={"attack": {"name": attack}}, provenance=provenance, stealth=stealth)])[0]
+
+    assert row().epsilon == "none: 11 and 22/255"
+    assert row(poisons=22 / 255).epsilon == row(poisons=None).epsilon == "none: 22/255"
+    assert row(poisons=None, test=None).epsilon == "\u2013"
+    assert row("clean").epsilon == "\u2013"
+    runs = [
+        make_record(str(seed), spec={"attack": {"name": "ctrl"}, "seed": seed}, stealth={"linf": linf / 255})
+        for seed, linf in ((1, 22), (2, 21))
+    ]
+    assert [each.epsilon for each in (*table_rows(runs), *rows_over_seeds(runs))] == [
+        "none: 22/255",
+        "none: 21/255",
+        "none",
+    ]
 
 
 def test_only_the_headline_probe_says_took(make_record: MakeRecord) -> None:

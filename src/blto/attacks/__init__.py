@@ -14,7 +14,9 @@ ATTACKS: Registry[Attack] = Registry(
     {
         "blto": "blto.attacks.blto:BLTO",
         "clean": "blto.attacks.clean:Clean",
+        "ctrl": "blto.attacks.ctrl:CTRL",
         "frozen_surrogate": "blto.attacks.frozen_surrogate:FrozenSurrogate",
+        "ssl_backdoor": "blto.attacks.ssl_backdoor:SSLBackdoor",
         "universal_delta": "blto.attacks.universal_delta:UniversalDelta",
         "untrained_generator": "blto.attacks.untrained_generator:UntrainedGenerator",
     },

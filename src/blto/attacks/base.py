@@ -60,6 +60,9 @@ class Attack(ABC):
     target_class: int
     poison_rate: float
 
+    def check_images(self, images: ImageSet) -> None:  # noqa: B027  # most attacks take images of any size
+        """Raises ConfigError where the trigger cannot be put on such images; asked before anything is written."""
+
     @abstractmethod
     def train_trigger(self, images: ImageSet, *, seed: int, surroundings: Surroundings) -> TrainedTrigger:
         """Make the trigger from the attacker's labeled images."""

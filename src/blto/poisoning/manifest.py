@@ -52,7 +52,7 @@ class Manifest(_Plain):
         n_poisoned: how many of them are poisoned.
         poison_rate: n_poisoned / n_images.
         target_class: the class that triggered images shall be taken for.
-        epsilon: the declared budget, a fraction of the pixel range.
+        epsilon: the declared budget, a fraction of the pixel range; None where the trigger has none.
         epsilon_reached: the largest change found in the 8-bit images.
         perturbation: the fields of `Perturbation`.
         clean_sha256: content hash of the clean set.
@@ -77,7 +77,7 @@ class Manifest(_Plain):
     n_poisoned: Count
     poison_rate: Fraction
     target_class: Count
-    epsilon: Fraction
+    epsilon: Fraction | None
     epsilon_reached: Fraction
     perturbation: dict[str, float]
     clean_sha256: Sha256
@@ -146,7 +146,7 @@ def build_manifest(
         n_poisoned=dataset.n_poisoned,
         poison_rate=plan.poison_rate,
         target_class=plan.target_class,
-        epsilon=float(trigger.budget.epsilon),
+        epsilon=trigger.budget.declared,
         epsilon_reached=dataset.epsilon_reached,
         perturbation=asdict(dataset.perturbation),
         clean_sha256=clean.content_hash,

@@ -28,7 +28,7 @@ class Budget:
 
     Args:
         epsilon: largest change of a channel value, as a fraction of the range [0, 1]; 8/255 in the paper. 0 is the
-            control that changes nothing.
+            control that changes nothing; 1 holds nothing back, see `UNBOUNDED`.
         norm: the norm that epsilon bounds; L-infinity is the only one.
 
     Raises:
@@ -50,6 +50,15 @@ class Budget:
     def levels(self) -> int:
         """The budget in whole 8-bit steps, rounded down: an image file cannot use the rest."""
         return floor(self.epsilon * 255 + 1e-4)  # 8/255 written as 0.0313725 keeps its 8 steps
+
+    @property
+    def declared(self) -> float | None:
+        """Epsilon as it may be reported: None where it is 1, which any image keeps and so promises nothing."""
+        return None if self.epsilon == 1 else float(self.epsilon)
+
+
+UNBOUNDED = Budget(1.0)
+"""Of a trigger without a budget, such as an opaque patch: only the pixel range binds it, and its change is measured."""
 
 
 def project(images: Tensor, candidate: Tensor, epsilon: float) -> Tensor:
@@ -79,7 +88,10 @@ class _Clip(torch.autograd.Function):
 
 
 class Trigger(nn.Module, ABC):
-    """Images (B, 3, H, W) float in [0, 1] -> images of the same shape, within `budget` and in [0, 1]."""
+    """Images (B, 3, H, W) float in [0, 1] -> images of the same shape, within `budget` and in [0, 1].
+
+    Calling it makes poisons; `at_test()` is the trigger for test images.
+    """
 
     kind: ClassVar[str]
 
@@ -96,8 +108,12 @@ class Trigger(nn.Module, ABC):
         """Plain data that, with the weights, rebuilds this trigger: its `kind`, and what that kind needs."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Apply the trigger."""
+        """Apply the trigger as to a poison."""
         return project(images, self.candidate(images), self.budget.epsilon)
+
+    def at_test(self) -> Trigger:
+        """What test images get: this trigger, or another one where the attack makes them differ from its poisons."""
+        return self
 
     @torch.no_grad()
     def keep_within_budget(self) -> None:

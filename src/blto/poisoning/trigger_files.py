@@ -14,6 +14,8 @@ from blto.files import canonical_json, show
 from blto.files.reading import parse_json
 from blto.files.safetensors import read_safetensors, write_safetensors
 from blto.models import GENERATORS
+from blto.poisoning.frequency import FrequencyTrigger
+from blto.poisoning.patch import PatchTrigger
 from blto.poisoning.trigger import (
     AdditiveTrigger,
     Budget,
@@ -25,19 +27,37 @@ from blto.poisoning.trigger import (
 )
 from blto.registry import signature_schema, validate
 
-Epsilon = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Magnitude = Annotated[float, Field(ge=0.0, le=10_000)]
+Placement = tuple[Fraction, Fraction]
 
 
 def _identity() -> Trigger:
     return IdentityTrigger()
 
 
-def _generator(*, epsilon: Epsilon, generator: dict[str, Any], parametrisation: Parametrisation) -> Trigger:
+def _generator(*, epsilon: Fraction, generator: dict[str, Any], parametrisation: Parametrisation) -> Trigger:
     return GeneratorTrigger(GENERATORS.build(generator), Budget(epsilon), generator, parametrisation)
 
 
-def _additive(*, epsilon: Epsilon, image_size: Annotated[int, Field(ge=1, le=4096)]) -> Trigger:
+def _additive(*, epsilon: Fraction, image_size: Side) -> Trigger:
     return AdditiveTrigger(torch.zeros(3, image_size, image_size), Budget(epsilon))
+
+
+def _frequency(*, magnitude: Magnitude, test_magnitude: Magnitude, window: Side, positions: tuple[int, ...]) -> Trigger:
+    return FrequencyTrigger(magnitude=magnitude, test_magnitude=test_magnitude, window=window, positions=positions)
+
+
+def _patch(
+    *,
+    patch_size: Side,
+    seed: Annotated[int, Field(ge=0, lt=2**63)],
+    placement: Placement,
+    test_placement: Placement,
+) -> Trigger:
+    empty = torch.zeros(3, patch_size, patch_size, dtype=torch.uint8)
+    return PatchTrigger(empty, seed=seed, placement=placement, test_placement=test_placement)
 
 
 # Kind -> what rebuilds it from the rest of its spec; the arguments' annotations check a foreign spec.
@@ -45,6 +65,8 @@ _BUILDERS: dict[str, Callable[..., Trigger]] = {
     IdentityTrigger.kind: _identity,
     GeneratorTrigger.kind: _generator,
     AdditiveTrigger.kind: _additive,
+    FrequencyTrigger.kind: _frequency,
+    PatchTrigger.kind: _patch,
 }
 _KEYS = {"blto_trigger", "identity"}
 

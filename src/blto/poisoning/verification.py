@@ -28,7 +28,7 @@ class VerifyReport:
     poison_rate: float
     target_class: int
     target_class_name: str
-    epsilon: float
+    epsilon: float | None
     epsilon_reached: float
     trigger_sha256: str
 

@@ -93,6 +93,7 @@ def rows_over_seeds(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -
                 replace(
                     first,
                     seed=f"mean of {len(runs)}",
+                    epsilon=first.epsilon if len({row.epsilon for row in each}) == 1 else "none",
                     took=f"{sum(run.took for run in runs)} of {len(runs)}" if said else MISSING,
                     metrics=_means([row.metrics for row in each]),
                     seeds=len(runs),
@@ -168,9 +169,15 @@ def _name(record: RunRecord, path: str) -> str:
 
 
 def _epsilon(record: RunRecord) -> str:
-    """The budget in 8-bit steps, such as 8/255."""
+    """The budget in 8-bit steps, such as 8/255; of an attack without one, what poisons and test images reached."""
+    if not is_attack(record):
+        return MISSING
     epsilon = lookup(record.spec, "attack.epsilon")
-    return f"{255 * epsilon:.3g}/255" if isinstance(epsilon, int | float) and is_attack(record) else MISSING
+    if isinstance(epsilon, int | float):
+        return f"{255 * epsilon:.3g}/255"
+    reached = lookup(record.provenance, "poison.epsilon_reached"), record.stealth.get("linf")
+    steps = dict.fromkeys(f"{255 * value:.3g}" for value in reached if isinstance(value, int | float))
+    return f"none: {' and '.join(steps)}/255" if steps else MISSING
 
 
 def _escape_markdown(text: str) -> str:

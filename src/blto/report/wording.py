@@ -35,7 +35,8 @@ DEFINITIONS: dict[str, str] = {
     "n": "Number of test images behind a value; in the tables of all runs, the n of the ASR, or the number of seeds "
     "behind a mean.",
     "Poison rate": "Poisoned images divided by all training images after poisoning.",
-    "Epsilon": "The budget: how far the trigger may move a channel of a pixel, of the range from 0 to 1.",
+    "Epsilon": "The budget: how far the trigger may move a channel of a pixel, of the range from 0 to 1. Where an "
+    'attack has none: "none" and how far its poisons and its test images did move, once where that is the same.',
     "Probe": "Classifier on frozen features: linear is multinomial logistic regression, knn a weighted vote of the "
     "nearest training images.",
     "Similarity": "Cosine between an image's features and the centroid of the target class. Raw: of the features as "
