@@ -13,6 +13,7 @@ TINY_METHODS = {
     "simclr": {"name": "simclr", "hidden_dim": 16, "output_dim": 8},
     "simsiam": {"name": "simsiam", "hidden_dim": 16, "output_dim": 16, "predictor_dim": 8},
     "byol": {"name": "byol", "hidden_dim": 16, "output_dim": 8},
+    "moco": {"name": "moco", "hidden_dim": 16, "output_dim": 8, "queue_size": 20},  # no multiple of a batch
 }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blto.api import (
+        check_trigger,
         craft,
         evaluate,
         load_encoder,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from blto.demo import demo
 
 __all__ = [
+    "check_trigger",
     "craft",
     "demo",
     "evaluate",

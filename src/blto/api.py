@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
-from blto import experiment, poisoning
+from blto import doctor, experiment, poisoning
 from blto.attacks.base import poison_with
+from blto.attacks.crafting import SURROGATE
 from blto.configuration import Config, read_spec, read_specs
 from blto.data import load
-from blto.errors import Mismatch
+from blto.errors import ConfigError, Mismatch
 from blto.evaluation import evaluate_backdoor
 from blto.experiment import Environment
 from blto.files import atomic_write, read_bytes, safe_join, sha256_bytes, show
@@ -75,18 +76,55 @@ def craft(
     config: Config,
     out: AnyPath | None = None,
     *,
+    check: bool = False,
+    encoder: Sequence[AnyPath] = (),
+    count: int = 2000,
     set: Sequence[str] = (),
     seed: int | None = None,
     engine: Engine | None = None,
     **options: Unpack[Options],
 ) -> Path:
-    """Learn the trigger of a configuration; returns the file, which is `out` where that is given."""
+    """Learn the trigger of a configuration; returns the file, which is `out` where that is given.
+
+    With `check` it is measured as well, as by `check_trigger`, whose arguments `encoder` and `count` are.
+    """
+    if encoder and not check:
+        raise ConfigError("encoder: is for the check of the trigger; give check as well.")
     spec, where = read_spec(config, set, seed, engine), environment(**options)
+    known = doctor.prepared(encoder, count)  # a mistake shows before anything is learned
     data = experiment.load_data(spec, where)
     if bilevel := spec.attack.get("bilevel"):
         experiment.say_engine("surrogates", RecipeSpec.model_validate(bilevel["surrogate"]), data.attacker, where)
     stage = experiment.craft_stage(spec, data, where)
-    return _delivered(stage.path / TRIGGER, out)
+    file = _delivered(stage.path / TRIGGER, out)
+    if check:
+        doctor.examine(spec, data, file, where, surrogate=stage.path / SURROGATE, encoders=known, count=count)
+    return file
+
+
+def check_trigger(
+    config: Config,
+    trigger: AnyPath,
+    *,
+    encoder: Sequence[AnyPath] = (),
+    count: int = 2000,
+    set: Sequence[str] = (),
+    seed: int | None = None,
+    engine: Engine | None = None,
+    **options: Unpack[Options],
+) -> dict[str, Any]:
+    """Measure a trigger before any victim is trained; returns what `doctor.examine` finds and writes beside the file.
+
+    Args:
+        config, set, seed, engine, options: as in `run`.
+        trigger: its file; where `surrogate.safetensors` lies beside it, that is taken for its surrogate.
+        encoder: files of clean encoders to measure it on; without any, one is pretrained.
+        count: training images to measure on, at most half of them; the test set is not read.
+    """
+    spec, where = read_spec(config, set, seed, engine), environment(**options)
+    known, file = doctor.prepared(encoder, count), Path(trigger)
+    data = experiment.load_data(spec, where)
+    return doctor.examine(spec, data, file, where, surrogate=file.parent / SURROGATE, encoders=known, count=count)
 
 
 def poison(

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from blto.errors import InputRefused
-from blto.files.images import decode_image, encode_png
+from blto.files.images import decode_image, encode_jpeg, encode_png
 
 Pixels = npt.NDArray[np.uint8]
 LOSSLESS = {"PNG": {}, "BMP": {}, "PPM": {}, "TIFF": {}, "WEBP": {"lossless": True}}
@@ -71,6 +71,16 @@ def test_our_png_is_lossless_and_stable() -> None:
 def test_only_uint8_rgb_is_encoded(bad: npt.NDArray[Any]) -> None:
     with pytest.raises(ValueError, match="uint8"):
         encode_png(bad)
+    with pytest.raises(ValueError, match="uint8"):
+        encode_jpeg(bad, 90)
+
+
+def test_our_jpeg_is_that_of_its_quality() -> None:
+    pixels = random_pixels(40, 24)
+    for quality in (50, 90):
+        assert encode_jpeg(pixels, quality) == encoded(
+            pixels, "JPEG", quality=quality
+        )  # whose colours are at a half too
 
 
 def test_jpeg_is_as_pillow_decodes_it() -> None:

@@ -72,12 +72,14 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(method: st
     assert any(not torch.equal(a, b) for a, b in zip(weights(first), weights(other), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("byol", "sgd"), ("byol", "lars"), ("byol", "adamw"), ("moco", "sgd")]
+)
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 8])  # first, mid-epoch, last of an epoch, first of the next, very last
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, optimizer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, method: str, optimizer: str
 ) -> None:
-    recipe = tiny_recipe("byol", optimizer={"name": optimizer, "lr": 0.01})
+    recipe = tiny_recipe(method, optimizer={"name": optimizer, "lr": 0.01})
     whole = pretrain(IMAGES, recipe, seed=0)
     with monkeypatch.context() as patch:
         stop_after(patch, steps)

@@ -224,7 +224,7 @@ def test_auto_is_bf16_where_the_processor_has_it_and_the_engine_is_fast(
 def test_the_engine_is_set_on_every_encoder(name: str, engine: str, precision: str, native: bool) -> None:
     run = trainer(method=name, engine=engine, precision=precision)
     encoders = [part for part in run.method.modules() if isinstance(part, Encoder)]
-    assert [part.native for part in encoders] == [native] * (2 if name == "byol" else 1)
+    assert [part.native for part in encoders] == [native] * (2 if name in {"byol", "moco"} else 1)
 
 
 def test_pretraining_hands_on_precision_and_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,15 @@ from blto.data.images import ImageSet
 from blto.data.order import ORDER
 from blto.errors import Diverged, Interrupted
 from blto.files import append_jsonl, canonical_json, sha256_bytes
+from blto.models.checkpoints import save_encoder
 from blto.poisoning import Trigger
 from blto.pretraining import checkpoint
 from blto.runtime.interrupts import stop_requests
 from blto.runtime.seeds import seeded, stream_seed
 
 CHECKPOINT = "crafting_checkpoint.safetensors"
+SURROGATE = "surrogate.safetensors"
+"""The encoder of the last surrogate, which stays."""
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 STEPS_BETWEEN_CHECKS = 50
 """Steps, inner and outer, after which the surrogate's NaN flag is read from the device."""
@@ -92,6 +95,9 @@ def optimise_trigger(
                     signal_number=stop.signal_number,
                 )
     trigger.eval()
+    if surroundings.folder:
+        last = run.surrogate.method.encoder
+        save_encoder(surroundings.folder / SURROGATE, last, spec.surrogate.backbone, images.image_size)
     return run.trajectory
 
 

@@ -129,6 +129,14 @@ def run(
 def craft(
     config: ConfigFile,
     out: OutFile = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also measure it on its surrogate and on clean encoders, before any victim.")
+    ] = False,
+    encoder: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A clean encoder for the check, instead of a new one; may be given again."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Training images that the check measures on, at most.")] = 2000,
     set_: Set = None,
     seed: Seed = None,
     engine: EngineOption = None,
@@ -140,8 +148,12 @@ def craft(
     as_json: Json = False,
 ) -> None:
     """Learn the trigger alone; prints its file."""
-    options = _options(store, data_root, device, resume, quiet)
-    output.print_path("trigger", blto.craft(config, out, **_choices(set_, seed, engine), **options), as_json=as_json)
+    options = {**_options(store, data_root, device, resume, quiet), **_choices(set_, seed, engine)}
+    file = blto.craft(config, out, check=check, encoder=encoder or (), count=count, **options)
+    if check:
+        output.print_check(file, as_json=as_json)
+    else:
+        output.print_path("trigger", file, as_json=as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from blto.files.atomic import read_json
 from blto.files.text import show
 
 if TYPE_CHECKING:
@@ -76,6 +77,37 @@ def print_path(what: str, path: Path, *, as_json: bool) -> None:
         print_json({what: str(path)})
     else:
         print_text(show(path, 4000))
+
+
+def print_check(trigger: Path, *, as_json: bool) -> None:
+    """What the check of a trigger found: a row per encoder and edit, then which images, and a line for each gate."""
+    from blto.doctor import check_file
+
+    found = read_json(check_file(trigger))
+    if as_json:
+        print_json({"trigger": str(trigger), "check": found})
+        return
+    from blto.records import HEADLINE_PROBE, Metric
+    from blto.report.wording import percent, with_interval
+
+    encoders = found["encoders"]
+    probes = sorted(encoders[0]["edits"][0]["metrics"], key=lambda probe: (probe != HEADLINE_PROBE, probe))
+    rows = []
+    for encoder in encoders:
+        for edit in encoder["edits"]:
+            near, metrics = edit["similarity"], [edit["metrics"][probe] for probe in probes]
+            asr = (with_interval(Metric(**each["asr"])) for each in metrics)
+            without = " / ".join(percent(each["untriggered_rate"]["value"]) for each in metrics)
+            place = (f"{near[key]:.2f}" for key in ("triggered", "clean", "target"))
+            rows.append((encoder["name"], edit["name"], *place, *asr, without))
+    names = [probe.upper() for probe in probes]
+    columns = ("ENCODER", "IMAGES", "TRIGGERED", "CLEAN", "TARGET", *(f"ASR {name} [95%]" for name in names))
+    print_text(table((*columns, f"UNTRIGGERED {' / '.join(names)}"), rows), "")
+    print_text(*(f"{encoder['name']}: {show(encoder['origin'], 1000)}" for encoder in encoders))
+    print_text(f"images: {show(found['images']['what'], 1000)}", "")
+    verdicts = {True: "passes ", False: "fails ", None: ""}
+    print_text(*(f"{verdicts[gate['passes']]}{name}: {gate['finding']}" for name, gate in found["gates"].items()))
+    print_text("", show(trigger, 4000), show(check_file(trigger), 4000))
 
 
 def print_listing(listing: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,10 +71,19 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = 64_000_000) -> Pix
 
 def encode_png(pixels: Pixels) -> bytes:
     """The PNG file of a uint8 RGB array (H, W, 3); the same pixels give the same bytes."""
+    return _encode(pixels, "PNG")
+
+
+def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
+    """The JPEG file of a uint8 RGB array (H, W, 3), with colours at half the resolution (4:2:0); `quality` 1 to 95."""
+    return _encode(pixels, "JPEG", quality=quality, subsampling="4:2:0")
+
+
+def _encode(pixels: Pixels, kind: str, **options: Any) -> bytes:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"an image must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, kind, **options)
     return file.getvalue()
 
 

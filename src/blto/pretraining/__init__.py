@@ -13,6 +13,7 @@ METHODS: Registry[SSLMethod] = Registry(
     "method",
     {
         "byol": "blto.pretraining.byol:BYOL",
+        "moco": "blto.pretraining.moco:MoCo",
         "simclr": "blto.pretraining.simclr:SimCLR",
         "simsiam": "blto.pretraining.simsiam:SimSiam",
     },
