@@ -153,7 +153,7 @@ def examine(
     assert train.labels is not None  # `build_attack` refuses sets without labels
     rows = split(train.labels, count, attack.target_class, spec.seed)
     measured, bank, trigger = train.subset(rows.measured), train.subset(rows.bank), load_trigger(file)
-    triggered = apply_to_uint8(trigger, measured.images)
+    triggered = apply_to_uint8(trigger.at_test(), measured.images)
     findings: list[dict[str, Any]] = []
     reactions: dict[str, dict[str, Reaction]] = {}
     for name, (origin, encoder) in encoders_to_ask(spec, data, environment, surrogate, encoders).items():
