@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         pretrain,
         report,
         run,
+        sweep,
         verify,
     )
     from blto.catalog import list_all as list
@@ -42,6 +43,7 @@ __all__ = [
     "report",
     "run",
     "show",
+    "sweep",
     "verify",
 ]
 
@@ -67,7 +69,7 @@ def __dir__() -> Iterable[str]:
 
 
 class _Package(ModuleType):
-    """Keeps the functions `blto.report` and `blto.demo` where importing the modules so named would replace them."""
+    """Keeps the functions `blto.report`, `blto.sweep` and `blto.demo` where importing the modules so named would replace them."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -16,7 +16,7 @@ from blto import experiment, poisoning
 from blto.attacks.base import poison_with
 from blto.configuration import Config, read_spec, read_specs
 from blto.data import load
-from blto.errors import Mismatch
+from blto.errors import ConfigError, Mismatch
 from blto.evaluation import evaluate_backdoor
 from blto.experiment import Environment
 from blto.files import atomic_write, read_bytes, safe_join, sha256_bytes, show
@@ -30,6 +30,8 @@ from blto.records import Metric, RunRecord, RunStore
 from blto.report import build_report
 from blto.runtime.device import resolve_device
 from blto.runtime.progress import Progress
+from blto.sweep.plan import read_sweep
+from blto.sweep.running import Conditions, SweepResult, export_sweep, run_sweep
 
 AnyPath = str | os.PathLike[str]
 
@@ -183,6 +185,53 @@ def evaluate(
         target_class=experiment.build_attack(spec, data).target_class,
         probes=spec.probes,
     ).metrics
+
+
+def sweep(
+    file: AnyPath,
+    *,
+    max_hours: float | None = None,
+    expected_hours: float | None = None,
+    executor: str = "serial",
+    workers: int | None = None,
+    retry_failed: bool = False,
+    export: AnyPath | None = None,
+    **options: Unpack[Options],
+) -> SweepResult:
+    """Run the cells of a sweep that are not done yet, each an experiment on one store; see docs/sweeps.md.
+
+    A call goes on where an earlier one stopped, however it ended. A failed cell does not end the sweep, and is not an
+    exception here: the result's `error` says so.
+
+    Args:
+        file: a YAML file with a base configuration and a grid, cells or seeds.
+        max_hours: no cell is begun that is not expected to end by then, and what runs then stops at its next
+            checkpoint; None runs to the end.
+        expected_hours: how long a cell takes, until one is done; else what the file says.
+        executor: "serial" or "processes", where each worker has one core and one thread.
+        workers: of "processes"; one for each core by default.
+        retry_failed: run cells again that have failed.
+        export: run nothing; copy record, log and encoders of the finished cells to this folder.
+        options: as in `run`; `resume` plays no part, a sweep always does.
+    """
+    for name, hours in (("max-hours", max_hours), ("expected-hours", expected_hours)):
+        if hours is not None and not 0 < hours < float("inf"):
+            raise ConfigError(f"--{name} is {hours:g}; give a number of hours above 0.")
+    where, plan = environment(**options), read_sweep(Path(file))
+    if export is not None:
+        return export_sweep(plan, where.store.root, Path(export))
+    conditions = Conditions(
+        where.store.root,
+        data_root=where.data_root,
+        device=where.device,
+        executor=executor,
+        workers=workers,
+        max_hours=max_hours,
+        expected_hours=expected_hours,
+        retry_failed=retry_failed,
+        quiet=where.progress.quiet,
+    )
+    return run_sweep(plan, conditions)
 
 
 def report(runs: Sequence[AnyPath] = (), *, out: AnyPath = "report.html", store: AnyPath = "runs") -> Path:
