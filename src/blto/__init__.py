@@ -69,7 +69,7 @@ def __dir__() -> Iterable[str]:
 
 
 class _Package(ModuleType):
-    """Keeps the functions `blto.report`, `blto.sweep` and `blto.demo` where importing the modules so named would replace them."""
+    """Keeps `blto.report`, `blto.sweep` and `blto.demo` functions where importing the modules would replace them."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -16,10 +16,9 @@ from blto import experiment, poisoning
 from blto.attacks.base import poison_with
 from blto.configuration import Config, read_spec, read_specs
 from blto.data import load
-from blto.errors import ConfigError, Mismatch
 from blto.evaluation import evaluate_backdoor
 from blto.experiment import Environment
-from blto.files import atomic_write, read_bytes, safe_join, sha256_bytes, show
+from blto.files import atomic_write, read_bytes
 from blto.models import checkpoints
 from blto.models.encoder import Encoder
 from blto.outcome import ENCODER, TRIGGER
@@ -28,6 +27,7 @@ from blto.poisoning.manifest import Layout
 from blto.pretraining.spec import Engine, RecipeSpec
 from blto.records import Metric, RunRecord, RunStore
 from blto.report import build_report
+from blto.report.figures import recorded_figures
 from blto.runtime.device import resolve_device
 from blto.runtime.progress import Progress
 from blto.sweep.plan import read_sweep
@@ -214,9 +214,6 @@ def sweep(
         export: run nothing; copy record, log and encoders of the finished cells to this folder.
         options: as in `run`; `resume` plays no part, a sweep always does.
     """
-    for name, hours in (("max-hours", max_hours), ("expected-hours", expected_hours)):
-        if hours is not None and not 0 < hours < float("inf"):
-            raise ConfigError(f"--{name} is {hours:g}; give a number of hours above 0.")
     where, plan = environment(**options), read_sweep(Path(file))
     if export is not None:
         return export_sweep(plan, where.store.root, Path(export))
@@ -250,7 +247,7 @@ def report(runs: Sequence[AnyPath] = (), *, out: AnyPath = "report.html", store:
     found = [(known.load(os.fspath(each)), _folder_of(each, known)) for each in runs]
     if not runs:
         found = [(record, known.folder(record.run_id)) for record in known.list()]
-    figures = {record.run_id: _figures(record, folder) for record, folder in found}
+    figures = {record.run_id: recorded_figures(record, folder) for record, folder in found}
     return build_report([record for record, _ in found], figures, Path(out))
 
 
@@ -297,15 +294,3 @@ def _delivered(file: Path, out: AnyPath | None) -> Path:
 def _folder_of(run: AnyPath, store: RunStore) -> Path:
     path = store.root / run if (store.root / run).is_dir() else Path(run)
     return path if path.is_dir() else path.parent
-
-
-def _figures(record: RunRecord, folder: Path) -> dict[str, str]:
-    """The run's figures as SVG text. Raises Mismatch where one was altered."""
-    figures = {}
-    for name, recorded in record.artefacts.items():
-        if name.startswith("figures/") and name.endswith(".svg"):
-            data = read_bytes(safe_join(folder, name))
-            if sha256_bytes(data) != recorded:
-                raise Mismatch(f"{show(folder / name)}: is not the figure that was recorded. Run the same spec again.")
-            figures[Path(name).stem] = data.decode(errors="replace")
-    return figures

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blto.errors import BltoError, Interrupted
+from blto.errors import BltoError, ConfigError, Interrupted
 from blto.files import DirectoryLock
 from blto.records import RunStore
 from blto.runtime.executors import build_executor
@@ -55,6 +55,9 @@ class Conditions:
         max_hours, expected_hours, retry_failed: as in SweepQueue.
         quiet: no progress.
         work: what is done with a cell.
+
+    Raises:
+        ConfigError: hours that are no positive number.
     """
 
     store: Path
@@ -67,6 +70,11 @@ class Conditions:
     retry_failed: bool = False
     quiet: bool = False
     work: Work = field(default=run_cell)
+
+    def __post_init__(self) -> None:
+        for name, hours in (("max-hours", self.max_hours), ("expected-hours", self.expected_hours)):
+            if hours is not None and not 0 < hours < float("inf"):
+                raise ConfigError(f"--{name} is {hours:g}; give a number of hours above 0.")
 
 
 def run_sweep(sweep: Sweep, how: Conditions) -> SweepResult:
