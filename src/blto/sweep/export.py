@@ -56,14 +56,13 @@ def export_cells(cells: Sequence[Cell], results: Results, store: RunStore, out: 
             continue
         _copy(results.file(cell.id), out / cell.id / "result.json", exported)
         for source, name in _artefacts(store, record):
-            is_encoder = name.endswith(".safetensors")
             target = out / (name if "/" in name else f"{cell.id}/{name}")
-            if not source.is_file():
+            size = source.stat().st_size if source.is_file() else None
+            if size is None:
                 exported.left_out.append(f"{show(cell.id)}: {show(source)} is not there.")
-            elif is_encoder and source.stat().st_size > MAX_ENCODER_BYTES:
-                line = f"{show(source)} has {source.stat().st_size:,} bytes, more than {MAX_ENCODER_BYTES:,}."
-                if f"{show(cell.id)}: {line}" not in exported.left_out:
-                    exported.left_out.append(f"{show(cell.id)}: {line}")
+            elif source.name == ENCODER and size > MAX_ENCODER_BYTES:
+                line = f"{show(cell.id)}: {show(source)} has {size:,} bytes, more than {MAX_ENCODER_BYTES:,}."
+                exported.left_out.append(line)
             else:
                 _copy(source, target, exported, record.artefacts.get(name))
     return exported

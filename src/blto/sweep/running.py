@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blto.errors import BltoError, ConfigError, Interrupted
-from blto.files import DirectoryLock
+from blto.files import DirectoryLock, remove_leftovers
 from blto.records import RunStore
 from blto.runtime.executors import build_executor
 from blto.runtime.interrupts import stop_requests
@@ -114,6 +114,8 @@ def run_sweep(sweep: Sweep, how: Conditions) -> SweepResult:
     queue().check_time()  # before anything is written
     with DirectoryLock(how.store / FOLDER):
         cells = queue()  # as they stand now that nobody else works on them
+        if cells.results.folder.is_dir():
+            remove_leftovers(cells.results.folder)
         with view.showing(cells), stop_requests() as stop:
             executor.run(cells, stop)
     return _result(cells, stop.signal_number or cells.stopped_by)
