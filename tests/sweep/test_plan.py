@@ -126,6 +126,18 @@ def test_a_mistake_in_the_base_is_told_with_the_line_of_the_base(file: Path) -> 
         read_sweep(file)
 
 
+def test_a_base_that_does_not_fit_a_cell_is_told_with_the_cell(file: Path) -> None:
+    (file.parent / "base.yaml").write_text("data: synthetic\nattack:\n  name: clean\n  target_class: 1\n")
+    file.write_text(BASE + "cells:\n  - name: a\n    set: {attack.name: blto, attack.epsilon: 0.1}")
+    assert len(read_sweep(file).cells) == 1
+    (file.parent / "base.yaml").write_text(
+        "data: synthetic\nattack:\n  name: blto\n  target_class: 1\n  epsilon: 0.1\n"
+    )
+    file.write_text(BASE + "cells:\n  - name: a\n    set: {attack.name: clean}")
+    with pytest.raises(ConfigError, match=r"base\.yaml:5: attack\.epsilon: unknown key; .* \(in cell a\)\.$"):
+        read_sweep(file)
+
+
 def test_a_grid_beyond_reason_is_refused_before_it_is_made(file: Path) -> None:
     values = list(range(1, 101))
     grid = {"pretraining.epochs": values, "pretraining.batch_size": values, "seed": values}

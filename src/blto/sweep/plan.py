@@ -66,7 +66,7 @@ class SweepFile(BaseModel):
     base: Any
     grid: dict[str, list[Any]] | None = None
     cells: list[dict[str, Any]] | None = None
-    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = []
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63, strict=True)]] = []
     expected_hours: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -240,6 +240,6 @@ def _spec(
         for name, where in draft.places.items():
             if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
                 raise ConfigError(f"{place(file, where)}: cell {show(draft.name)}: {error}", code=error.code) from error
-        if base_file is None:
-            raise ConfigError(f"{place(file, f'base.{key}')}: {error}", code=error.code) from error
-        raise with_position(error, base_file) from error
+        at = place(base_file, key) if base_file else place(file, f"base.{key}")
+        cell = f" (in cell {show(draft.name)})" if draft.values else ""  # which may be why it does not fit
+        raise ConfigError(f"{at}: {str(error).rstrip('.')}{cell}.", code=error.code) from error
