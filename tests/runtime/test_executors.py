@@ -14,12 +14,14 @@ import pytest
 
 from blto.errors import ConfigError, Interrupted
 from blto.files.yaml import dump_yaml
+from blto.pretraining.loop import pretrain
 from blto.runtime.executors import build_executor
 from blto.runtime.interrupts import StopRequest, stop_requests, stopping_at
 from blto.runtime.jobs import Job, Outcome, attempt
 from blto.runtime.workers import Processes
 from blto.sweep.plan import read_sweep
 from blto.sweep.running import Conditions, run_sweep
+from tests.factories import random_images, tiny_recipe
 from tests.sweep import toy
 from tests.tiny_experiment import TINY_EXPERIMENT
 
@@ -157,6 +159,14 @@ def test_a_signal_to_an_inner_block_is_a_request_to_all() -> None:
             assert later, "a stage that begins after the signal stops as well"
     with stop_requests() as fresh:
         assert not fresh
+
+
+def test_a_training_stops_in_time_and_keeps_its_state(tmp_path: Path) -> None:
+    images = random_images().without_labels()
+    with stopping_at(time.monotonic()), pytest.raises(Interrupted, match="stopped at step 1 of 10") as stopped:
+        pretrain(images, tiny_recipe(), seed=0, device="cpu", folder=tmp_path)
+    assert stopped.value.signal_number is None
+    assert (tmp_path / "checkpoint.safetensors").exists()
 
 
 def test_a_moment_is_a_request_without_a_signal() -> None:

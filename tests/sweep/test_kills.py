@@ -5,6 +5,7 @@ One process imports everything once and forks a child per attempt; a random time
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from blto.errors import ResourceExhausted
 from blto.files import read_json
 from blto.sweep.plan import Sweep
 from blto.sweep.results import CellResult, Results
 from blto.sweep.running import Conditions, run_sweep
+from tests.files.test_faults import Faults
 from tests.sweep import toy
 
 CELLS = 12
@@ -75,3 +78,27 @@ def test_random_kills_lose_nothing_and_repeat_nothing(
         if happened >= kills:
             break
     assert happened >= kills
+
+
+def test_the_disk_may_be_full_at_every_operation(
+    make_sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy, "STEPS", 1)
+    sweep, faults = make_sweep(0), Faults(monkeypatch)
+    for number in range(1, 200):
+        how = Conditions(tmp_path / str(number), quiet=True, work=toy.work)
+        faults.arm(number, errno.ENOSPC)
+        try:
+            error = run_sweep(sweep, how).error
+        except ResourceExhausted as raised:
+            error = raised
+        complete = faults.count < number
+        faults.arm(0, 0)
+        if complete:
+            assert error is None
+            break
+        assert error is not None
+        assert (error.code, error.exit_code) == ("DISK-FULL", 4)
+        again = run_sweep(sweep, how)  # there is room again
+        assert (again.count("done"), again.error) == (1, None), "a full disk is not the cell's failure"
+    assert 20 < number < 199

@@ -10,6 +10,7 @@ from typing import Any
 
 from blto.errors import Busy, Diverged, Interrupted, ResourceExhausted
 from blto.files import DirectoryLock, make_directory, read_json, write_json
+from blto.files.atomic import disk_errors
 from blto.records import RunStore
 from blto.runtime.interrupts import stop_requests
 from blto.runtime.jobs import Tell
@@ -29,9 +30,12 @@ def starts(store: Path) -> dict[str, int]:
 def note(store: Path, name: str) -> None:
     """One more byte in a file: the work on a run begins."""
     make_directory(store / "begun")
-    descriptor = os.open(store / "begun" / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.write(descriptor, b"x")
-    os.close(descriptor)
+    with disk_errors(store):
+        descriptor = os.open(store / "begun" / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(descriptor, b"x")
+        finally:
+            os.close(descriptor)
 
 
 def work(content: dict[str, Any], tell: Tell) -> dict[str, Any]:
