@@ -206,7 +206,8 @@ def test_a_damaged_stage_file_is_not_complete(tmp_path: Path) -> None:
 
 def test_a_stage_that_one_of_the_group_makes_is_waited_for_and_not_made_again(tmp_path: Path) -> None:
     first, second = (RunStore(tmp_path, group="a").stage("craft", {"seed": 1}) for _ in range(2))
-    inside, needed = threading.Event(), []
+    inside = threading.Event()
+    needed: list[bool] = []
 
     def work() -> None:
         with first.making() as needs:

@@ -186,7 +186,7 @@ def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> S
     attack = build_attack(spec, data)
     inputs = {"attack": spec.attack, "images": data.attacker.content_hash, "seed": spec.seed}
     stage = environment.store.stage("craft", inputs)
-    with stage.making() as needed:
+    with stage.making(environment.progress.say) as needed:
         if needed:
             surroundings = Surroundings(environment.device, stage.path, environment.resume, environment.progress)
             started = time.monotonic()
@@ -208,7 +208,7 @@ def pretrain_stage(
     check_recipe(recipe, images)
     inputs = {"pretraining": recipe.model_dump(mode="json"), "images": images.content_hash, "seed": spec.seed}
     stage = environment.store.stage("pretrain", inputs)
-    with stage.making() as needed:
+    with stage.making(environment.progress.say) as needed:
         if needed:
             started = time.monotonic()
             result = pretrain(

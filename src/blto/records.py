@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -247,16 +247,16 @@ class StageFolder:
         return dict(self._stage()["facts"])
 
     @contextmanager
-    def making(self) -> Iterator[bool]:
+    def making(self, say: Callable[[str], None] | None = None) -> Iterator[bool]:
         """Hold the stage's lock while the block runs; yields whether there is anything to make, and locks only then.
 
         Raises:
-            Busy: another process makes it, and is not of the same group; one of the group is waited for.
+            Busy: another process makes it, and is not of the same group; one of the group is waited for, and `say` told.
         """
         if self.complete:
             yield False
             return
-        with DirectoryLock(self.path, group=self.group):
+        with DirectoryLock(self.path, group=self.group, say=say):
             yield not self.complete  # it may have been made while its lock was waited for
 
     def discard(self, name: str) -> None:

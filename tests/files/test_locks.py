@@ -90,7 +90,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 def test_a_group_waits_for_its_own_and_refuses_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "GRACE_SECONDS", 0.2)
-    inside, order = threading.Event(), []
+    inside = threading.Event()
+    order: list[str] = []
 
     def work() -> None:
         with DirectoryLock(tmp_path, group="a"):
@@ -105,7 +106,9 @@ def test_a_group_waits_for_its_own_and_refuses_others(tmp_path: Path, monkeypatc
         DirectoryLock(tmp_path).__enter__()
     with pytest.raises(Busy):
         DirectoryLock(tmp_path, group="b").__enter__()
-    with DirectoryLock(tmp_path, group="a"):
+    with DirectoryLock(tmp_path, group="a", say=order.append):
         order.append("second")
     thread.join()
-    assert order == ["first", "second"]
+    said, *rest = order
+    assert said.startswith(f"waits for {tmp_path.name}, in use by pid {os.getpid()} on host ")
+    assert rest == ["first", "second"]

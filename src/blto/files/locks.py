@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -30,14 +31,16 @@ class DirectoryLock:
     Args:
         path: the folder; made if need be.
         group: of processes that work together, such as the workers of a sweep: each waits for the others.
+        say: takes a line where one is waited for.
 
     Raises:
         Busy: another process is inside; names its pid, host and start time. Outside of a group this never waits.
     """
 
-    def __init__(self, path: Path, *, group: str = "") -> None:
+    def __init__(self, path: Path, *, group: str = "", say: Callable[[str], None] | None = None) -> None:
         self.path = path
         self.group = group
+        self._say = say
         self._descriptor: int | None = None
 
     def __enter__(self) -> DirectoryLock:
@@ -61,7 +64,7 @@ class DirectoryLock:
 
     def _acquire(self, descriptor: int) -> None:
         """Take the kernel's lock; wait where the holder is of the same group."""
-        patience = time.monotonic() + GRACE_SECONDS if self.group else 0.0
+        patience, said = time.monotonic() + GRACE_SECONDS if self.group else 0.0, False
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,6 +72,9 @@ class DirectoryLock:
                 holder, group = _holder(os.pread(descriptor, 1000, 0))
                 if self.group and group == self.group:
                     patience = time.monotonic() + GRACE_SECONDS
+                    if self._say and not said:
+                        self._say(f"waits for {show(self.path.name)}, in use by {holder}")
+                        said = True
                 elif time.monotonic() >= patience:
                     advice = "Wait for it or choose another folder"
                     raise Busy(f"{show(self.path)}: in use by {holder}. {advice}.") from error
