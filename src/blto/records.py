@@ -251,7 +251,7 @@ class StageFolder:
         """Hold the stage's lock while the block runs; yields whether there is anything to make, and locks only then.
 
         Raises:
-            Busy: another process makes it, and is not of the same group; one of the group is waited for, and `say` told.
+            Busy: another process makes it, and is not of the same group; one that is, is waited for (and `say` told).
         """
         if self.complete:
             yield False
