@@ -39,7 +39,8 @@ def test_the_page_of_sweeps_names_every_key_and_option() -> None:
     assert listed == set(SweepFile.model_fields)
     assert all(f"`{key}`" in page for key in CellEntry.model_fields)
     shared = {"--store", "--data-root", "--device", "--quiet", "--help"}
-    options = {word for each in get_command(app).commands["sweep"].params for word in each.opts if word[:2] == "--"}
+    command = vars(get_command(app))["commands"]["sweep"]
+    options = {word for each in command.params for word in each.opts if word[:2] == "--"}
     assert not {option for option in options - shared if option not in page}
 
 

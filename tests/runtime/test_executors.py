@@ -52,12 +52,16 @@ def test_a_worker_that_dies_fails_its_cell_and_the_others_go_on(file: Callable[.
     assert all(place[1:] == ["1", "1"] and place[0] != str(os.getpid()) for place in places)
 
 
-class Jobs:
-    """A queue of given jobs that asks for a stop once `enough` of them run."""
+TWO_WORKERS = [min(os.sched_getaffinity(0))] * 2  # on one core, where there is no more
 
-    def __init__(self, jobs: list[Job], stop: StopRequest, enough: int) -> None:
+
+class Jobs:
+    """A queue of given jobs that asks for a stop once `enough` of them have told something."""
+
+    def __init__(self, jobs: list[Job], stop: StopRequest, enough: int = 100) -> None:
         self.jobs, self.stop, self.enough = list(jobs), stop, enough
         self.talking: set[str] = set()
+        self.texts: list[str] = []
         self.outcomes: dict[str, Outcome] = {}
 
     def next(self) -> Job | None:
@@ -65,6 +69,7 @@ class Jobs:
 
     def told(self, name: str, text: str) -> None:
         self.talking.add(name)
+        self.texts.append(text)
         if len(self.talking) >= self.enough:
             self.stop.signal_number = signal.SIGINT
 
@@ -75,12 +80,22 @@ class Jobs:
 def test_a_stop_reaches_every_worker_and_each_ends_at_its_checkpoint(file: Callable[..., Path], tmp_path: Path) -> None:
     cells = read_sweep(file(0, 1, 2)).cells
     contents = [{"spec": cell.spec.model_dump(mode="json"), "store": str(tmp_path)} for cell in cells]
-    cores = sorted(os.sched_getaffinity(0))[:2]
     stop = StopRequest()
-    queue = Jobs([Job(str(i), content) for i, content in enumerate(contents)], stop, len(cores))
-    Processes(toy.endless, cores).run(queue, stop)
-    assert set(queue.outcomes) == {str(i) for i in range(len(cores))}
+    queue = Jobs([Job(str(i), content) for i, content in enumerate(contents)], stop, 2)
+    Processes(toy.endless, TWO_WORKERS).run(queue, stop)
+    assert set(queue.outcomes) == {"0", "1"}
     assert all(outcome.stopped and outcome.signal_number == signal.SIGTERM for outcome in queue.outcomes.values())
+
+
+def test_workers_of_a_group_make_a_stage_once_and_wait_for_it(tmp_path: Path) -> None:
+    content = {"store": str(tmp_path), "group": "a"}
+    stop = StopRequest()
+    queue = Jobs([Job(str(i), content) for i in range(4)], stop)
+    Processes(toy.shared, TWO_WORKERS).run(queue, stop)
+    assert [outcome.failure for outcome in queue.outcomes.values()] == [None] * 4
+    assert toy.starts(tmp_path) == {"stage": 1}
+    (text,) = queue.texts
+    assert text.startswith("waits for craft-")
 
 
 PARENT = """

@@ -92,6 +92,16 @@ def deaths(content: dict[str, Any], tell: Tell) -> dict[str, Any]:
     return work(content, tell)
 
 
+def shared(content: dict[str, Any], tell: Tell) -> None:
+    """Make one stage that every job needs, slowly."""
+    store = Path(content["store"])
+    with RunStore(store, group=content["group"]).stage("craft", {"seed": 1}).making(tell) as needed:
+        if needed:
+            note(store, "stage")
+            time.sleep(0.5)
+            RunStore(store).stage("craft", {"seed": 1}).commit({})
+
+
 def endless(content: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """Steps until it is asked to stop."""
     note(Path(content["store"]), RunStore.run_id(content["spec"]))

@@ -66,10 +66,12 @@ class Processes:
     def _hand_out(self, queue: Queue) -> None:
         """Give every idle worker a job, if there are any; a worker is started for its first one."""
         idle = [worker for worker in self._workers if worker.job is None]
-        free = [core for core in self._cores if core not in {worker.core for worker in self._workers}]
+        taken = {worker.slot for worker in self._workers}
+        free = [slot for slot in range(len(self._cores)) if slot not in taken]
         while (idle or free) and (job := queue.next()) is not None:
             if not idle:
-                self._workers.append(_Worker(free.pop(0), self._entry))
+                slot = free.pop(0)
+                self._workers.append(_Worker(slot, self._cores[slot], self._entry))
                 idle.append(self._workers[-1])
             idle.pop(0).begin(job)
 
@@ -96,8 +98,8 @@ class Processes:
 class _Worker:
     """A process and the line to it."""
 
-    def __init__(self, core: int, entry: str) -> None:
-        self.core = core
+    def __init__(self, slot: int, core: int, entry: str) -> None:
+        self.slot = slot
         self.job: Job | None = None
         self.began = 0.0
         context = multiprocessing.get_context("spawn")

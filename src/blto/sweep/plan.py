@@ -190,8 +190,8 @@ def _combinations(grid: dict[str, list[Any]] | None) -> list[_Draft]:
         chosen = dict(zip(grid, indices, strict=True))
         name = "-".join(f"{short[key]}={labels[key][i]}" for key, i in chosen.items())
         places = {key: f"grid.{key}.{i}" for key, i in chosen.items()}
-        values = {key: grid[key][i] for key, i in chosen.items()}
-        drafts.append(_Draft(_slug(name), next(reversed(places.values())), values, places))
+        setting = {key: grid[key][i] for key, i in chosen.items()}
+        drafts.append(_Draft(_slug(name), next(reversed(places.values())), setting, places))
     return drafts
 
 
@@ -212,7 +212,7 @@ def _slug(text: str) -> str:
 
 def _with_seeds(drafts: Sequence[_Draft], seeds: Sequence[int]) -> list[tuple[_Draft, int | None]]:
     """Every cell with every seed, the seeds outermost; one that sets its own seed once, where it stands."""
-    first, *others = seeds or [None]
+    first, *others = list[int | None](seeds) or [None]
     pairs = [(draft, None if "seed" in draft.values else first) for draft in drafts]
     return pairs + [(draft, seed) for seed in others for draft in drafts if "seed" not in draft.values]
 
