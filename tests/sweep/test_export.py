@@ -63,6 +63,7 @@ def test_an_export_copies_what_is_new_or_has_changed(file: Path, tmp_path: Path)
     assert names == {f"{cell.id}/{name}" for cell in cells[:2] for name in each} | {f"clean_twins/{TWIN}.safetensors"}
     assert {path.relative_to(out).as_posix() for path in first.copied} == names
     assert not first.left_out
+    assert not first.unchanged
 
     finish(cells[2], store, "mine")
     (out / cells[0].id / "log.jsonl").write_text("something else")
@@ -70,6 +71,7 @@ def test_an_export_copies_what_is_new_or_has_changed(file: Path, tmp_path: Path)
     assert second is not None
     copied = {path.relative_to(out).as_posix() for path in second.copied}
     assert copied == {f"{cells[2].id}/{name}" for name in each} | {f"{cells[0].id}/log.jsonl"}
+    assert len(second.unchanged) == len(names) - 1
     assert read_json(out / cells[2].id / "result.json")["run_id"] == cells[2].spec.run_id
 
 

@@ -84,12 +84,8 @@ def print_sweep(result: SweepResult, *, as_json: bool) -> None:
     if as_json:
         document: dict[str, Any] = {"sweep": result.name, "cells": [_cell(cell) for cell in result.cells]}
         if exported:
-            paths = [str(path) for path in exported.copied]
-            document["export"] = {
-                "copied": paths,
-                "unchanged": exported.unchanged,
-                "left_out": exported.left_out,
-            }
+            copied, unchanged = ([str(path) for path in paths] for paths in (exported.copied, exported.unchanged))
+            document["export"] = {"copied": copied, "unchanged": unchanged, "left_out": exported.left_out}
         print_json(document)
         return
     from blto.report.wording import percent
@@ -107,7 +103,7 @@ def print_sweep(result: SweepResult, *, as_json: bool) -> None:
     if waiting := result.count("waiting"):
         print_text(f"{waiting} of {len(result.cells)} cells wait; the same command goes on.")
     if exported:
-        print_text(f"{len(exported.copied)} files copied, {exported.unchanged} unchanged.")
+        print_text(f"{len(exported.copied)} files copied, {len(exported.unchanged)} unchanged.")
         print_text(*(f"left out: {show(line, 400)}" for line in exported.left_out))
 
 

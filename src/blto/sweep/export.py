@@ -28,12 +28,12 @@ class Exported:
 
     Attributes:
         copied: files that are new or had changed.
-        unchanged: how many were there already.
+        unchanged: files that were there already.
         left_out: one line for each that was not copied, and why.
     """
 
     copied: list[Path] = field(default_factory=list)
-    unchanged: int = 0
+    unchanged: list[Path] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
 
@@ -81,11 +81,13 @@ def _artefacts(store: RunStore, record: RunRecord) -> Iterator[tuple[Path, str]]
 
 def _copy(source: Path, target: Path, exported: Exported, recorded: str | None = None) -> None:
     """Copy one file, unless the same is there."""
+    if target in exported.copied or target in exported.unchanged:
+        return
     data = read_bytes(source)
     if recorded is not None and sha256_bytes(data) != recorded:
         raise Mismatch(f"{show(source)}: is not the file that was recorded. Run the same spec again.")
     if target.is_file() and read_bytes(target) == data:
-        exported.unchanged += target not in exported.copied
+        exported.unchanged.append(target)
         return
     atomic_write(target, data)
     exported.copied.append(target)
