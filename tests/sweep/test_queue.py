@@ -13,8 +13,11 @@ import pytest
 from blto import experiment
 from blto.cli import main
 from blto.errors import Busy, ConfigError, Diverged, Interrupted
+from blto.experiment import Environment, ExperimentSpec
 from blto.files import DirectoryLock
 from blto.files.yaml import dump_yaml
+from blto.records import RunRecord
+from blto.sweep.cell import run_cell
 from blto.sweep.plan import Sweep
 from blto.sweep.queue import HOUR
 from blto.sweep.results import CellResult, Results
@@ -170,3 +173,23 @@ def test_the_command_prints_the_table_and_ends_with_the_code_of_the_failure(
     assert lines[0].startswith("base-s0-")
     assert "begins (0 done, 1 running, 0 failed, 1 waiting; elapsed 0:00:00, expected end unknown)" in lines[0]
     assert "failed: error[DIVERGED]: NaN at step 5. after 0:00:00" in lines[1]
+
+
+def test_a_cell_is_its_experiment_resumed_on_the_shared_store(
+    make_sweep: MakeSweep, how: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[ExperimentSpec, Environment]] = []
+
+    def run(spec: ExperimentSpec, environment: Environment) -> RunRecord:
+        given.append((spec, environment))
+        environment.progress.say("a line")
+        return RunRecord(run_id=spec.run_id, spec=spec.model_dump(mode="json"), metrics={}, took=False)
+
+    monkeypatch.setattr(experiment, "run", run)
+    sweep = make_sweep(0, 1)
+    assert run_sweep(sweep, replace(how, work=run_cell, data_root=Path("data"))).count("done") == 2
+    (first, where), (second, there) = given
+    assert [first, second] == [cell.spec for cell in sweep.cells]
+    assert (where.store.root, where.data_root, where.device, where.resume) == (how.store, Path("data"), "cpu", True)
+    assert where.store.group, "else two workers would refuse each other's stages"
+    assert where.store.group == there.store.group
