@@ -104,7 +104,7 @@ from pathlib import Path
 from blto.sweep.plan import read_sweep
 from blto.sweep.running import Conditions, run_sweep
 from tests.sweep import toy
-run_sweep(read_sweep(Path(sys.argv[1])), Conditions(Path(sys.argv[2]), executor="processes", work=toy.endless))
+run_sweep(read_sweep(Path(sys.argv[1])), Conditions(Path(sys.argv[2]), executor="processes", work=toy.silent))
 """
 
 

@@ -102,6 +102,12 @@ def shared(content: dict[str, Any], tell: Tell) -> None:
             RunStore(store).stage("craft", {"seed": 1}).commit({})
 
 
+def silent(content: dict[str, Any], tell: Tell) -> None:
+    """Work that says nothing for half a minute, so that it cannot notice that nobody listens."""
+    note(Path(content["store"]), RunStore.run_id(content["spec"]))
+    time.sleep(30)
+
+
 def endless(content: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """Steps until it is asked to stop."""
     note(Path(content["store"]), RunStore.run_id(content["spec"]))
