@@ -96,7 +96,9 @@ def print_sweep(result: SweepResult, *, as_json: bool) -> None:
         values = [percent(one.value if one else None) for one in metrics]
         minutes = f"{cell.result.seconds / 60:.1f}" if cell.result else ""
         rows.append((cell.cell.name, cell.cell.spec.seed, cell.status, *values, minutes))
-    print_text(table(("CELL", "SEED", "STATUS", *SWEEP_METRICS.values(), "MINUTES"), rows))
+    cells = table(("CELL", "SEED", "STATUS", *SWEEP_METRICS.values(), "MINUTES"), rows)
+    cells.columns[0].overflow = "fold"  # what tells two cells apart often stands at the end of their names
+    print_text(cells)
     for cell in result.cells:
         if cell.status == "failed" and cell.result:
             print_text(f"{show(cell.cell.id)}: error[{cell.result.code}]: {show(cell.result.error, 400)}")
