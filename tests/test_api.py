@@ -294,8 +294,8 @@ def test_every_command_is_a_function_with_the_same_arguments() -> None:
 
     from typer.main import get_command
 
-    from blto.api import Options
     from blto.cli.app import app
+    from blto.options import Options
 
     commands = get_command(app).commands  # type: ignore[attr-defined]  # a group has commands
     assert set(commands) == {
@@ -309,6 +309,7 @@ def test_every_command_is_a_function_with_the_same_arguments() -> None:
         "list",
         "show",
         "verify",
+        "sweep",
     }
     for name, command in commands.items():
         parameters = inspect.signature(getattr(blto, name)).parameters
@@ -317,7 +318,7 @@ def test_every_command_is_a_function_with_the_same_arguments() -> None:
             names |= set(Options.__annotations__)
         given = {option.name for option in command.params} - {"as_json", "help"}
         given = {"set" if option == "set_" else option for option in given}
-        allowed = {"demo": {"store", "data_root"}, "evaluate": {"resume"}}.get(name, set())
+        allowed = {"demo": {"store", "data_root"}, "evaluate": {"resume"}, "sweep": {"resume"}}.get(name, set())
         assert given <= names, name
         assert names - given <= allowed, name
 

@@ -43,6 +43,29 @@ def test_a_configuration_in_the_repository_is_one(path: Path) -> None:
     assert read_specs(path, [], None)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_sweep_in_the_repository_is_one(path: Path) -> None:
+    from blto.sweep.plan import read_sweep
+
+    assert read_sweep(path)
+
+
+def test_the_page_of_sweeps_names_every_key_and_option() -> None:
+    from typer.main import get_command
+
+    from blto.cli.app import app
+    from blto.sweep.plan import CellEntry, SweepFile
+
+    page = (ROOT / "docs/sweeps.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert listed == set(SweepFile.model_fields)
+    assert all(f"`{key}`" in page for key in CellEntry.model_fields)
+    shared = {"--store", "--data-root", "--device", "--quiet", "--help"}
+    command = vars(get_command(app))["commands"]["sweep"]
+    options = {word for each in command.params for word in each.opts if word[:2] == "--"}
+    assert not {option for option in options - shared if option not in page}
+
+
 def test_the_metrics_page_defines_every_metric() -> None:
     from blto.evaluation.metrics import METRIC_NAMES
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +202,27 @@ def test_a_damaged_stage_file_is_not_complete(tmp_path: Path) -> None:
     assert not stage.complete
     with pytest.raises(BltoError, match="checksum"):
         _ = stage.facts
+
+
+def test_a_stage_that_one_of_the_group_makes_is_waited_for_and_not_made_again(tmp_path: Path) -> None:
+    first, second = (RunStore(tmp_path, group="a").stage("craft", {"seed": 1}) for _ in range(2))
+    inside = threading.Event()
+    needed: list[bool] = []
+
+    def work() -> None:
+        with first.making() as needs:
+            needed.append(needs)
+            inside.set()
+            time.sleep(0.3)
+            first.commit({})
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(10)
+    assert not second.complete
+    with pytest.raises(Busy), RunStore(tmp_path).stage("craft", {"seed": 1}).making():
+        pass
+    with second.making() as needs:
+        needed.append(needs)
+    thread.join()
+    assert needed == [True, False]

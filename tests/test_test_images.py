@@ -14,6 +14,7 @@ import blto
 from blto import api, experiment, outcome
 from blto.evaluation import evaluate_backdoor
 from blto.experiment import ExperimentSpec, load_data
+from blto.options import environment
 from blto.poisoning import Trigger, apply_to_uint8, load_trigger
 from blto.records import RunRecord
 from blto.report.tables import table_rows
@@ -54,7 +55,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         folder = store / record.run_id
         encoder, trigger = folder / "encoder.safetensors", folder / "trigger.safetensors"
         blto.evaluate(config, encoder=encoder, clean_twin=encoder, trigger=trigger, device="cpu", quiet=True)
-    data = load_data(ExperimentSpec.parse(config), api.environment(store=store, device="cpu"))
+    data = load_data(ExperimentSpec.parse(config), environment(store=store, device="cpu"))
     return Seen(record, folder, config, load_trigger(trigger), data, given)
 
 

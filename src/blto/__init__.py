@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         pretrain,
         report,
         run,
+        sweep,
         verify,
     )
     from blto.catalog import list_all as list
@@ -44,6 +45,7 @@ __all__ = [
     "report",
     "run",
     "show",
+    "sweep",
     "verify",
 ]
 
@@ -69,7 +71,7 @@ def __dir__() -> Iterable[str]:
 
 
 class _Package(ModuleType):
-    """Keeps the functions `blto.report` and `blto.demo` where importing the modules so named would replace them."""
+    """Keeps `blto.report`, `blto.sweep` and `blto.demo` functions where importing the modules would replace them."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -10,47 +10,28 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from blto import doctor, experiment, poisoning
 from blto.attacks.base import poison_with
 from blto.attacks.crafting import SURROGATE
 from blto.configuration import Config, read_spec, read_specs
 from blto.data import load
-from blto.errors import ConfigError, Mismatch
+from blto.errors import ConfigError
 from blto.evaluation import evaluate_backdoor
-from blto.experiment import Environment
-from blto.files import atomic_write, read_bytes, safe_join, sha256_bytes, show
+from blto.files import atomic_write, read_bytes
 from blto.models import checkpoints
 from blto.models.encoder import Encoder
+from blto.options import AnyPath, Options, environment
 from blto.outcome import ENCODER, TRIGGER
 from blto.poisoning import Trigger, VerifyReport, apply_to_uint8, write_poisoned
 from blto.poisoning.manifest import Layout
 from blto.pretraining.spec import Engine, RecipeSpec
 from blto.records import Metric, RunRecord, RunStore
 from blto.report import build_report
-from blto.runtime.device import resolve_device
-from blto.runtime.progress import Progress
-
-AnyPath = str | os.PathLike[str]
-
-
-class Options(TypedDict, total=False):
-    """Where and how a call runs; apart from the device's arithmetic no result depends on it.
-
-    Attributes:
-        store: folder of the runs and of what they share; "runs" by default.
-        data_root: folder of the data sets; else the environment variable BLTO_DATA.
-        device: "auto", "cpu" or "cuda".
-        resume: go on from the last checkpoint of a stage that was interrupted.
-        quiet: no progress on standard error.
-    """
-
-    store: AnyPath
-    data_root: AnyPath | None
-    device: str
-    resume: bool
-    quiet: bool
+from blto.report.figures import folder_of, recorded_figures
+from blto.sweep.plan import read_sweep
+from blto.sweep.running import Conditions, SweepResult, export_sweep, run_sweep
 
 
 def run(
@@ -223,6 +204,50 @@ def evaluate(
     ).metrics
 
 
+def sweep(
+    file: AnyPath,
+    *,
+    max_hours: float | None = None,
+    expected_hours: float | None = None,
+    executor: str = "serial",
+    workers: int | None = None,
+    retry_failed: bool = False,
+    export: AnyPath | None = None,
+    **options: Unpack[Options],
+) -> SweepResult:
+    """Run the cells of a sweep that are not done yet, each an experiment on one store; see docs/sweeps.md.
+
+    A call goes on where an earlier one stopped, however it ended. A failed cell does not end the sweep, and is not an
+    exception here: the result's `error` says so.
+
+    Args:
+        file: a YAML file with a base configuration and a grid, cells or seeds.
+        max_hours: no cell is begun that is not expected to end by then, and what runs then stops at its next
+            checkpoint; None runs to the end.
+        expected_hours: how long a cell takes, until one is done; else what the file says.
+        executor: "serial" or "processes", where each worker has one core and one thread.
+        workers: of "processes"; one for each core by default.
+        retry_failed: run cells again that have failed.
+        export: run nothing; copy record, log and encoders of the finished cells to this folder.
+        options: as in `run`; `resume` plays no part, a sweep always does.
+    """
+    where, plan = environment(**options), read_sweep(Path(file))
+    if export is not None:
+        return export_sweep(plan, where.store.root, Path(export))
+    conditions = Conditions(
+        where.store.root,
+        data_root=where.data_root,
+        device=where.device,
+        executor=executor,
+        workers=workers,
+        max_hours=max_hours,
+        expected_hours=expected_hours,
+        retry_failed=retry_failed,
+        quiet=where.progress.quiet,
+    )
+    return run_sweep(plan, conditions)
+
+
 def report(runs: Sequence[AnyPath] = (), *, out: AnyPath = "report.html", store: AnyPath = "runs") -> Path:
     """Write one HTML page about some runs; returns it.
 
@@ -236,10 +261,10 @@ def report(runs: Sequence[AnyPath] = (), *, out: AnyPath = "report.html", store:
         Mismatch: a figure is not the one that the record vouches for.
     """
     known = RunStore(Path(store))
-    found = [(known.load(os.fspath(each)), _folder_of(each, known)) for each in runs]
+    found = [(known.load(os.fspath(each)), folder_of(each, known)) for each in runs]
     if not runs:
         found = [(record, known.folder(record.run_id)) for record in known.list()]
-    figures = {record.run_id: _figures(record, folder) for record, folder in found}
+    figures = {record.run_id: recorded_figures(record, folder) for record, folder in found}
     return build_report([record for record, _ in found], figures, Path(out))
 
 
@@ -266,38 +291,9 @@ def load_encoder(path: AnyPath) -> Encoder:
     return checkpoints.load_encoder(Path(path))
 
 
-def environment(**options: Unpack[Options]) -> Environment:
-    """The options as the experiment takes them. Raises ConfigError for a device that is not here."""
-    data_root = options.get("data_root") or os.environ.get("BLTO_DATA")
-    return Environment(
-        store=RunStore(Path(options.get("store", "runs"))),
-        data_root=Path(data_root) if data_root else None,
-        device=resolve_device(options.get("device", "auto")),
-        resume=options.get("resume", False),
-        progress=Progress(quiet=options.get("quiet", False)),
-    )
-
-
 def _delivered(file: Path, out: AnyPath | None) -> Path:
     """The stage's own file, or a copy of it where one was asked for."""
     if out is None:
         return file
     atomic_write(Path(out), read_bytes(file))
     return Path(out)
-
-
-def _folder_of(run: AnyPath, store: RunStore) -> Path:
-    path = store.root / run if (store.root / run).is_dir() else Path(run)
-    return path if path.is_dir() else path.parent
-
-
-def _figures(record: RunRecord, folder: Path) -> dict[str, str]:
-    """The run's figures as SVG text. Raises Mismatch where one was altered."""
-    figures = {}
-    for name, recorded in record.artefacts.items():
-        if name.startswith("figures/") and name.endswith(".svg"):
-            data = read_bytes(safe_join(folder, name))
-            if sha256_bytes(data) != recorded:
-                raise Mismatch(f"{show(folder / name)}: is not the figure that was recorded. Run the same spec again.")
-            figures[Path(name).stem] = data.decode(errors="replace")
-    return figures

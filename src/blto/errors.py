@@ -71,14 +71,32 @@ class Diverged(BltoError):
 
 
 class Interrupted(BltoError):
-    """Ctrl-C (exit 130) or SIGTERM (exit 143): the state is saved and the message says how to go on."""
+    """Ctrl-C (exit 130) or SIGTERM (exit 143): the state is saved and the message says how to go on.
+
+    Attributes:
+        signal_number: None where no signal came but the time that was given is over.
+    """
 
     code = "INTERRUPTED"
     exit_code = 130
 
     def __init__(self, message: str, *, signal_number: int | None = None) -> None:
         super().__init__(message)
+        self.signal_number = signal_number
         self.exit_code = 128 + (signal_number or 2)
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+
+
+def out_of_memory(error: BaseException) -> ResourceExhausted | None:
+    """The line for an error that means that memory ran out; None for any other."""
+    # By name: nothing here imports torch, and its CPU allocator raises a plain RuntimeError.
+    said = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
+    if not said and not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        return None
+    advice = "not enough memory; lower the batch size (pretraining.batch_size) or free memory."
+    return ResourceExhausted(advice, code="OUT-OF-MEMORY")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

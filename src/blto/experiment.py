@@ -194,8 +194,8 @@ def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> S
     attack = build_attack(spec, data)
     inputs = {"attack": spec.attack, "images": data.attacker.content_hash, "seed": spec.seed}
     stage = environment.store.stage("craft", inputs)
-    if not stage.complete:
-        with stage.lock():
+    with stage.making(environment.progress.say) as needed:
+        if needed:
             surroundings = Surroundings(environment.device, stage.path, environment.resume, environment.progress)
             started = time.monotonic()
             trained = attack.train_trigger(data.attacker, seed=spec.seed, surroundings=surroundings)
@@ -216,8 +216,8 @@ def pretrain_stage(
     check_recipe(recipe, images)
     inputs = {"pretraining": recipe.model_dump(mode="json"), "images": images.content_hash, "seed": spec.seed}
     stage = environment.store.stage("pretrain", inputs)
-    if not stage.complete:
-        with stage.lock():
+    with stage.making(environment.progress.say) as needed:
+        if needed:
             started = time.monotonic()
             result = pretrain(
                 images,

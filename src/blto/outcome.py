@@ -171,4 +171,5 @@ def provenance(
             "trigger_sha256": trigger.identity,
         },
         "seconds": {name: each["seconds"] for name, each in facts.items()},
+        "stages": {name: stage.path.name for name, stage in stages.items()},
     }

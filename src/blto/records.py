@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -141,7 +142,7 @@ def load_record(path: Path) -> RunRecord:
     file = path / "record.json" if path.is_dir() else path
     if not file.is_file():
         raise InputRefused(f"{show(file)}: no such record; give a run's folder or its record.json.")
-    content = _read_sealed(file, "record")
+    content = read_sealed(file, "record")
     try:
         return RunRecord.model_validate(content)
     except ValidationError as error:
@@ -155,10 +156,12 @@ class RunStore:
 
     Args:
         root: the directory; made when something is first stored.
+        group: of processes that wait for each other's runs and stages; see `DirectoryLock`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, group: str = "") -> None:
         self.root = Path(root)
+        self.group = group
 
     @staticmethod
     def run_id(spec: Mapping[str, Any]) -> str:
@@ -178,12 +181,12 @@ class RunStore:
 
     def lock(self, run_id: str) -> DirectoryLock:
         """The lock that a process holds while it works on a run."""
-        return DirectoryLock(self.folder(run_id))
+        return DirectoryLock(self.folder(run_id), group=self.group)
 
     def save(self, record: RunRecord) -> Path:
         """Store a record, which is what makes its run exist; returns the file."""
         file = self.folder(record.run_id) / "record.json"
-        _write_sealed(file, record.model_dump(mode="json"))
+        write_sealed(file, record.model_dump(mode="json"))
         return file
 
     def load(self, run: str | Path) -> RunRecord:
@@ -210,7 +213,7 @@ class RunStore:
         key = sha256_bytes(canonical_json({"results": RESULTS_VERSION, **inputs}))
         path = self.root / "stages" / f"{kind}-{key[:16]}"
         make_directory(path)
-        return StageFolder(path, kind, dict(inputs))
+        return StageFolder(path, kind, dict(inputs), group=self.group)
 
 
 class StageFolder:
@@ -220,10 +223,12 @@ class StageFolder:
         path: the folder.
         kind: the stage ("craft", "pretrain").
         inputs: what the result is a function of.
+        group: as in RunStore.
     """
 
-    def __init__(self, path: Path, kind: str, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, kind: str, inputs: Mapping[str, Any], *, group: str = "") -> None:
         self.path = path
+        self.group = group
         self.kind = kind
         self.inputs = inputs
 
@@ -241,9 +246,18 @@ class StageFolder:
         """What `commit` was given. Raises InputRefused where there is no whole `stage.json`."""
         return dict(self._stage()["facts"])
 
-    def lock(self) -> DirectoryLock:
-        """The lock that a process holds while it works on the stage."""
-        return DirectoryLock(self.path)
+    @contextmanager
+    def making(self, say: Callable[[str], None] | None = None) -> Iterator[bool]:
+        """Hold the stage's lock while the block runs; yields whether there is anything to make, and locks only then.
+
+        Raises:
+            Busy: another process makes it, and is not of the same group; one that is, is waited for (and `say` told).
+        """
+        if self.complete:
+            yield False
+            return
+        with DirectoryLock(self.path, group=self.group, say=say):
+            yield not self.complete  # it may have been made while its lock was waited for
 
     def discard(self, name: str) -> None:
         """Remove a file that a finished stage no longer needs, such as its checkpoint."""
@@ -258,19 +272,19 @@ class StageFolder:
         )
         files = {name: sha256_file(self.path / name) for name in names}
         content = {"kind": self.kind, "inputs": dict(self.inputs), "facts": dict(facts), "files": files}
-        _write_sealed(self.path / "stage.json", {"schema_version": SCHEMA_VERSION, **content})
+        write_sealed(self.path / "stage.json", {"schema_version": SCHEMA_VERSION, **content})
 
     def _stage(self) -> dict[str, Any]:
-        return _read_sealed(self.path / "stage.json", "stage")
+        return read_sealed(self.path / "stage.json", "stage")
 
 
-def _write_sealed(file: Path, content: dict[str, Any]) -> None:
+def write_sealed(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON object with the checksum of its own content beside it."""
     write_json(file, {**content, "sha256": sha256_bytes(canonical_json(content))})
 
 
-def _read_sealed(file: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object written by `_write_sealed`. The seal comes first: it means the same in every version."""
+def read_sealed(file: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object written by `write_sealed`. The seal comes first: it means the same in every version."""
     name = show(file)
     content = read_json(file)
     if not isinstance(content, dict) or not isinstance(version := content.get("schema_version"), int):

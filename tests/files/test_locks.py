@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from blto.errors import Busy, ResourceExhausted
+from blto.files import locks
 from blto.files.locks import DirectoryLock
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
+from blto.files import locks
 from blto.files.locks import DirectoryLock
 with DirectoryLock(Path(sys.argv[1])):
     if len(sys.argv) == 2 or os.fork() == 0:
@@ -83,3 +86,29 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ResourceExhausted, match="cannot be written") as refusal:
         DirectoryLock(tmp_path / "file" / "run").__enter__()
     assert refusal.value.code == "NOT-WRITABLE"
+
+
+def test_a_group_waits_for_its_own_and_refuses_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "GRACE_SECONDS", 0.2)
+    inside = threading.Event()
+    order: list[str] = []
+
+    def work() -> None:
+        with DirectoryLock(tmp_path, group="a"):
+            inside.set()
+            time.sleep(0.5)
+            order.append("first")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(10)
+    with pytest.raises(Busy, match=f"pid {os.getpid()} "):
+        DirectoryLock(tmp_path).__enter__()
+    with pytest.raises(Busy):
+        DirectoryLock(tmp_path, group="b").__enter__()
+    with DirectoryLock(tmp_path, group="a", say=order.append):
+        order.append("second")
+    thread.join()
+    said, *rest = order
+    assert said.startswith(f"waits for {tmp_path.name}, in use by pid {os.getpid()} on host ")
+    assert rest == ["first", "second"]

@@ -36,6 +36,13 @@ class Engine(StrEnum):
     REFERENCE = "reference"
 
 
+class Executor(StrEnum):
+    """Where a sweep's cells run."""
+
+    SERIAL = "serial"
+    PROCESSES = "processes"
+
+
 class Layout(StrEnum):
     """How a poisoned set is written."""
 
@@ -65,7 +72,7 @@ OutFile = Annotated[Path | None, typer.Option(help="Copy the file to here.", sho
 
 
 def _options(store: Path, data_root: Path | None, device: Device, resume: bool, quiet: bool) -> dict[str, Any]:
-    """The keywords that every call on a configuration takes; see `blto.api.Options`."""
+    """The keywords that every call on a configuration takes; see `blto.options.Options`."""
     return {
         "store": store,
         "data_root": data_root,
@@ -221,6 +228,39 @@ def evaluate(
         config, encoder=encoder, clean_twin=clean_twin, trigger=trigger, set=set_ or (), seed=seed, **options
     )
     output.print_metrics(metrics, as_json=as_json)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file: base, grid, cells, seeds.")],
+    max_hours: Annotated[float | None, typer.Option(help="Stop in time; without it, to the end.")] = None,
+    expected_hours: Annotated[float | None, typer.Option(help="Of a cell, until one is done.")] = None,
+    executor: Annotated[Executor, typer.Option(help="Where the cells run.")] = Executor.SERIAL,
+    workers: Annotated[int | None, typer.Option(help="Of processes, each with one core.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Run nothing; copy records, logs and encoders of finished cells to here.")
+    ] = None,
+    store: Store = Path("runs"),
+    data_root: DataRoot = None,
+    device: DeviceOption = Device.AUTO,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run many experiments as one queue that goes on after every stop."""
+    result = blto.sweep(
+        file,
+        max_hours=max_hours,
+        expected_hours=expected_hours,
+        executor=executor.value,
+        workers=workers,
+        retry_failed=retry_failed,
+        export=export,
+        **_options(store, data_root, device, True, quiet),
+    )
+    output.print_sweep(result, as_json=as_json)
+    if result.error is not None:
+        raise result.error
 
 
 @app.command()

@@ -23,14 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
 
-from blto.errors import BltoError, ConfigError, Interrupted, ResourceExhausted
+from blto.errors import BltoError, ConfigError, Interrupted, ResourceExhausted, out_of_memory
 from blto.files.atomic import write_text
 from blto.files.text import show
 
 INTERRUPTED = Interrupted.exit_code
 BUG = BltoError.exit_code
 _LINE_LIMIT = 300
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")
 
 
 def guarded(action: Callable[[], int | None], arguments: Sequence[str], *, crash_folder: Path = Path("runs")) -> int:
@@ -74,9 +73,8 @@ def _explain(error: BaseException, arguments: Sequence[str], received: list[int]
         command = getattr(getattr(error, "ctx", None), "command_path", "blto")
         words = str(usage()).replace("Value error, ", "")  # of a choice, where it comes through pydantic
         return _print_error("USAGE", f"{_sentence(words)} See `{command} --help`.", ConfigError.exit_code)
-    if _is_out_of_memory(error):
-        advice = "not enough memory; lower the batch size (pretraining.batch_size) or free memory."
-        return _print_error("OUT-OF-MEMORY", advice, ResourceExhausted.exit_code)
+    if exhausted := out_of_memory(error):
+        return _print_error(exhausted.code, str(exhausted), exhausted.exit_code)
     return _crash(error, arguments, crash_folder)
 
 
@@ -103,8 +101,10 @@ def _print_error(code: str, message: str, exit_code: int, *, limit: int = _LINE_
 
 def _resume_advice(arguments: Sequence[str]) -> str:
     """The command that goes on, for the commands that can."""
-    if not arguments or arguments[0] not in {"demo", "run", "craft", "pretrain"}:
+    if not arguments or arguments[0] not in {"demo", "run", "craft", "pretrain", "sweep"}:
         return ""
+    if arguments[0] == "sweep":  # which always resumes
+        return f"Go on with: blto {shlex.join(arguments)}"
     again = list(arguments) if "--resume" in arguments else [*arguments, "--resume"]
     return f"Go on with: blto {shlex.join(again)}"
 
@@ -112,13 +112,6 @@ def _resume_advice(arguments: Sequence[str]) -> str:
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "?", "!")) else f"{text}."
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # By name: this module must not import torch, and torch's CPU allocator raises a plain RuntimeError.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
 
 
 class ForgivingStream:

@@ -17,7 +17,15 @@ from blto.files.text import show
 
 if TYPE_CHECKING:
     from blto.records import Metric, RunRecord
+    from blto.sweep.queue import CellState
+    from blto.sweep.running import SweepResult
 
+SWEEP_METRICS = {
+    "asr": "ASR",
+    "asr_clean_twin": "ASR OF TWIN",
+    "lift": "LIFT",
+    "clean_accuracy": "CLEAN ACCURACY",
+}
 _WIDTH_OF_A_PIPE = 160  # no terminal says how wide: wide enough for one line a row
 
 
@@ -69,6 +77,43 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Metric]], *, as_json: bool)
 
     rows = [(probe, name, with_interval(one), one.n) for probe, each in metrics.items() for name, one in each.items()]
     print_text(table(("PROBE", "METRIC", "VALUE [95%]", "N"), rows))
+
+
+def print_sweep(result: SweepResult, *, as_json: bool) -> None:
+    """A row per cell; then what failed, what waits, and what was exported."""
+    exported = result.exported
+    if as_json:
+        document: dict[str, Any] = {"sweep": result.name, "cells": [_cell(cell) for cell in result.cells]}
+        if exported:
+            copied, unchanged = ([str(path) for path in paths] for paths in (exported.copied, exported.unchanged))
+            document["export"] = {"copied": copied, "unchanged": unchanged, "left_out": exported.left_out}
+        print_json(document)
+        return
+    from blto.report.wording import percent
+
+    rows = []
+    for cell in result.cells:
+        metrics = [cell.result.metric(name) if cell.result else None for name in SWEEP_METRICS]
+        values = [percent(one.value if one else None) for one in metrics]
+        minutes = f"{cell.result.seconds / 60:.1f}" if cell.result else ""
+        rows.append((cell.cell.name, cell.cell.spec.seed, cell.status, *values, minutes))
+    cells = table(("CELL", "SEED", "STATUS", *SWEEP_METRICS.values(), "MINUTES"), rows)
+    cells.columns[0].overflow = "fold"  # what tells two cells apart often stands at the end of their names
+    print_text(cells)
+    for cell in result.cells:
+        if cell.status == "failed" and cell.result:
+            print_text(f"{show(cell.cell.id)}: error[{cell.result.code}]: {show(cell.result.error, 400)}")
+    if waiting := result.count("waiting"):
+        print_text(f"{waiting} of {len(result.cells)} cells wait; the same command goes on.")
+    if exported:
+        print_text(f"{len(exported.copied)} files copied, {len(exported.unchanged)} unchanged.")
+        print_text(*(f"left out: {show(line, 400)}" for line in exported.left_out))
+
+
+def _cell(state: CellState) -> dict[str, Any]:
+    result = None if state.result is None else state.result.model_dump(mode="json")
+    named = {"id": state.cell.id, "name": state.cell.name, "seed": state.cell.spec.seed}
+    return {**named, "run_id": state.cell.spec.run_id, "status": state.status, "result": result}
 
 
 def print_path(what: str, path: Path, *, as_json: bool) -> None:

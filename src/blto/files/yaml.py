@@ -87,16 +87,26 @@ def apply_assignments(config: dict[str, Any], assignments: Sequence[str]) -> dic
     """
     result = dict(config)
     for text in assignments:
-        keys, value = parse_assignment(text)
-        level = result
-        for depth, key in enumerate(keys[:-1]):
-            inner = level.get(key)
-            if inner is not None and not isinstance(inner, dict | str):
-                taken = ".".join(keys[: depth + 1])
-                raise ConfigError(f"--set {show(text)}: {show(taken)} is {show(inner)}, which has no keys inside it.")
-            level[key] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
-            level = level[key]
-        level[keys[-1]] = value
+        result = assign(result, *parse_assignment(text), said=f"--set {show(text)}")
+    return result
+
+
+def assign(config: Mapping[str, Any], keys: Sequence[str], value: Any, *, said: str) -> dict[str, Any]:
+    """A copy of `config` with the value at the path `keys` set, as in `apply_assignments`.
+
+    Raises:
+        ConfigError: something on the way has no keys inside it; the message starts with `said`.
+    """
+    result = dict(config)
+    level = result
+    for depth, key in enumerate(keys[:-1]):
+        inner = level.get(key)
+        if inner is not None and not isinstance(inner, dict | str):
+            taken = ".".join(keys[: depth + 1])
+            raise ConfigError(f"{said}: {show(taken)} is {show(inner)}, which has no keys inside it.")
+        level[key] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
+        level = level[key]
+    level[keys[-1]] = value
     return result
 
 
@@ -106,17 +116,23 @@ def with_position(error: ConfigError, path: Path) -> ConfigError:
     Messages about a configuration start with the dotted key, as `attack.poison_rate: ...`. A key that the file lacks
     (a default, or one from `--set`) gives the file alone.
     """
-    keys = str(error).partition(": ")[0].split(".")
-    node = _compose_file(path)
-    line = None
-    for key in keys:
-        found = _inside(node, key)
+    return ConfigError(f"{place(path, str(error).partition(': ')[0])}: {error}", code=error.code)
+
+
+def place(path: Path, key: str) -> str:
+    """`file:line` of a dotted key, or of the innermost of its levels that the file has; without any, the file.
+
+    A key of the file may hold dots itself (`attack.epsilon: ...`): the longest that fits is taken.
+    """
+    keys, node, line = key.split("."), _compose_file(path), None
+    while keys:
+        names = ((length, ".".join(keys[:length])) for length in range(len(keys), 0, -1))
+        found = next(((length, inside) for length, name in names if (inside := _inside(node, name))), None)
         if found is None:
             break
-        mark, node = found
-        line = mark.line + 1 if mark else None
-    where = show(path) if line is None else f"{show(path)}:{line}"
-    return ConfigError(f"{where}: {error}", code=error.code)
+        length, (mark, node) = found
+        keys, line = keys[length:], mark.line + 1 if mark else None
+    return show(path) if line is None else f"{show(path)}:{line}"
 
 
 def _inside(node: yaml.Node | None, key: str) -> tuple[yaml.Mark | None, yaml.Node] | None:

@@ -69,4 +69,35 @@ class Progress:
         return advance
 
 
+class Told(Progress):
+    """Progress for someone else to show: the newest line, at most one every `seconds`.
+
+    Args:
+        tell: takes the line.
+        seconds: between two lines; the first of every task is never left out.
+    """
+
+    def __init__(self, tell: Callable[[str], None], *, seconds: float = 0.5) -> None:
+        super().__init__()
+        self._tell, self._seconds = tell, seconds
+
+    def say(self, message: str) -> None:
+        """One line."""
+        self._tell(message)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Advance]:
+        """Follow one task of `total` steps."""
+        last = time.monotonic()
+
+        def advance(done: int, note: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= self._seconds:
+                last = time.monotonic()
+                self._tell(f"{title}: {done}/{total} {note}".rstrip())
+
+        self._tell(f"{title}: 0/{total}")
+        yield advance
+
+
 SILENT, ON_STANDARD_ERROR = Progress(quiet=True), Progress()
