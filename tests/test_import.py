@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -24,6 +25,16 @@ def loaded_by(code: str) -> str:
 )
 def test_importing_is_light(modules: str) -> None:
     assert loaded_by(f"import {modules}; {PROBE}") == "[]"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_idle_threads_spin_for_a_short_time_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
+    code = "import os, blto; print(os.environ.get('GOMP_SPINCOUNT'))"
+    clean = {key: value for key, value in os.environ.items() if key not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean | given)
+    assert done.stdout.strip() == expected
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["show", "--help"], ["nonsense"]])

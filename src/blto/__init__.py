@@ -6,11 +6,17 @@ so `import blto` costs nothing and does not import torch.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:  # OpenMP reads it while torch is loaded
+    # For how long a thread that has nothing to do spins: by default for milliseconds, on the core on which the views'
+    # other half is to be rendered.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
     from blto.api import (

@@ -373,14 +373,18 @@ def test_every_attack_keeps_its_budget_after_rounding(name: str) -> None:
         options["bilevel"] = tiny_bilevel().model_dump(mode="json")
     if name in {"blto", "untrained_generator", "frozen_surrogate"}:
         options["generator"] = GENERATOR
+    if name == "ctrl":
+        options |= {"window": 16, "positions": [7, 15]}
     attack = ATTACKS.build(options)
     trained = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
+    unbounded = {"ctrl", "ssl_backdoor"}
+    assert trained.trigger.budget.epsilon == {"clean": 0.0, **dict.fromkeys(unbounded, 1.0)}.get(name, 8 / 255)
     poisoned = poison_with(attack, trained.trigger, IMAGES, seed=0)
     assert poisoned.n_poisoned == (0 if name == "clean" else 4)
     changed = (poisoned.poisoned.images != IMAGES.images).any(axis=(1, 2, 3))
     assert IMAGES.labels is not None
     assert (IMAGES.labels[changed] == 1).all()
-    assert poisoned.epsilon_reached <= 8 / 255 + 1e-9
+    assert poisoned.epsilon_reached <= trained.trigger.budget.epsilon + 1e-9
     if name != "clean":
         assert changed.sum() == 4
         assert poisoned.epsilon_reached > 3 / 255

@@ -102,7 +102,7 @@ class Trainer:
     """A method in training.
 
     Args:
-        method: encoder and heads; moved to the device, the encoder in channels-last memory.
+        method: encoder and heads; moved to the device, the encoder in the memory format that suits its engine.
         optimizer: optimiser and peak learning rate.
         total_steps, warmup_steps: length of the schedule.
         device, precision: as in `runtime.device`.
@@ -141,7 +141,8 @@ class Trainer:
         native = engine == "fast" and self.precision == "bf16" and device == "cpu"
         cuda_graphs = cuda_graphs and uses_cuda_graphs(engine, device)
         self.fabric = fabric(device, self.precision)
-        method.encoder.to(memory_format=torch.channels_last)
+        own = native and resnet.fits(method.encoder.backbone)  # the kernels take weights as they are by default
+        method.encoder.to(memory_format=torch.contiguous_format if own else torch.channels_last)
         for part in method.modules():
             if isinstance(part, Encoder):
                 part.native = native

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,29 @@ from blto.models.native.images import pack_images
 from blto.models.native.library import find_kernels
 
 
-def supports(backbone: nn.Module, images: Tensor) -> bool:
-    """Whether `features` can take over: a residual net of fitting widths on the CPU, whole blocks of images.
-
-    Widths must be 16 or divisible by 32, the images' number divisible by 32 and their pixels by 16.
-    """
+def fits(backbone: nn.Module) -> TypeGuard[ResNet]:
+    """Whether the kernels are here and the net is one for them: our own, of widths that are 16 or divisible by 32."""
     return (
         isinstance(backbone, ResNet)
         and type(backbone) in {ResNet, ResNet18, SmallResNet}  # a subclass may do something else
+        and all(width == 16 or width % 32 == 0 for width in backbone.widths)
+        and find_kernels()[0] is not None
+    )
+
+
+def supports(backbone: nn.Module, images: Tensor) -> bool:
+    """Whether `features` can take over: a net that `fits` on the CPU, and whole blocks of images.
+
+    The images' number must be divisible by 32 and their pixels by 16.
+    """
+    return (
+        fits(backbone)
         and images.device.type == "cpu"
         and images.shape[1] == 3
         and len(images) > 0
         and len(images) % ops.BLOCK == 0
         and images.shape[2] * images.shape[3] % 16 == 0
-        and all(width == 16 or width % 32 == 0 for width in backbone.widths)
         and all(_is_plain(tensor) for tensor in (*backbone.parameters(), *backbone.buffers()))
-        and find_kernels()[0] is not None
     )
 
 
