@@ -295,7 +295,7 @@ def test_every_command_is_a_function_with_the_same_arguments() -> None:
     from typer.main import get_command
 
     from blto.cli.app import app
-    from blto.options import Options
+    from blto.configuration import Options
 
     commands = get_command(app).commands  # type: ignore[attr-defined]  # a group has commands
     assert set(commands) == {

@@ -12,9 +12,9 @@ import pytest
 
 import blto
 from blto import api, experiment, outcome
+from blto.configuration import environment
 from blto.evaluation import evaluate_backdoor
 from blto.experiment import ExperimentSpec, load_data
-from blto.options import environment
 from blto.poisoning import Trigger, apply_to_uint8, load_trigger
 from blto.records import RunRecord
 from blto.report.tables import table_rows

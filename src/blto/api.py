@@ -15,14 +15,13 @@ from typing import Any, Unpack
 from blto import doctor, experiment, poisoning
 from blto.attacks.base import poison_with
 from blto.attacks.crafting import SURROGATE
-from blto.configuration import Config, read_spec, read_specs
+from blto.configuration import AnyPath, Config, Options, environment, read_spec, read_specs
 from blto.data import load
 from blto.errors import ConfigError
 from blto.evaluation import evaluate_backdoor
 from blto.files import atomic_write, read_bytes
 from blto.models import checkpoints
 from blto.models.encoder import Encoder
-from blto.options import AnyPath, Options, environment
 from blto.outcome import ENCODER, TRIGGER
 from blto.poisoning import Trigger, VerifyReport, apply_to_uint8, write_poisoned
 from blto.poisoning.manifest import Layout

@@ -1,22 +1,27 @@
-"""From a YAML file, `--set` and `--seed` to validated specs; an error says which of them is to blame."""
+"""From a YAML file, `--set` and `--seed` to validated specs, an error saying which of them is to blame; and from the
+options of a command to where it runs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, Unpack
 
 from pydantic import BeforeValidator, Field
 
 from blto.errors import ConfigError
-from blto.experiment import ExperimentSpec
+from blto.experiment import Environment, ExperimentSpec
 from blto.files import show
 from blto.files.yaml import apply_assignments, load_yaml, parse_assignment, with_position
 from blto.pretraining.spec import Engine
+from blto.records import RunStore
 from blto.registry import validate
+from blto.runtime.device import resolve_device
+from blto.runtime.progress import Progress
 
-Config = str | os.PathLike[str] | Mapping[str, Any]
+AnyPath = str | os.PathLike[str]
+Config = AnyPath | Mapping[str, Any]
 
 
 def _list(given: Any) -> Any:
@@ -78,3 +83,33 @@ def read_spec(
 ) -> ExperimentSpec:
     """The experiment's spec alone; arguments and errors as in `read_specs`."""
     return read_specs(config, assignments, seed, engine, **absent)[0]
+
+
+class Options(TypedDict, total=False):
+    """Where and how a call runs; apart from the device's arithmetic no result depends on it.
+
+    Attributes:
+        store: folder of the runs and of what they share; "runs" by default.
+        data_root: folder of the data sets; else the environment variable BLTO_DATA.
+        device: "auto", "cpu" or "cuda".
+        resume: go on from the last checkpoint of a stage that was interrupted.
+        quiet: no progress on standard error.
+    """
+
+    store: AnyPath
+    data_root: AnyPath | None
+    device: str
+    resume: bool
+    quiet: bool
+
+
+def environment(**options: Unpack[Options]) -> Environment:
+    """The options as the experiment takes them. Raises ConfigError for a device that is not here."""
+    data_root = options.get("data_root") or os.environ.get("BLTO_DATA")
+    return Environment(
+        store=RunStore(Path(options.get("store", "runs"))),
+        data_root=Path(data_root) if data_root else None,
+        device=resolve_device(options.get("device", "auto")),
+        resume=options.get("resume", False),
+        progress=Progress(quiet=options.get("quiet", False)),
+    )

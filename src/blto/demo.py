@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from blto import api
-from blto.options import Options
+from blto.configuration import Options
 from blto.pretraining.spec import Engine
 from blto.records import RunRecord
 

@@ -14,7 +14,7 @@ import pytest
 
 import blto
 from blto import experiment
-from blto.options import environment
+from blto.configuration import environment
 from blto.records import RunRecord, RunStore
 from blto.sweep.plan import read_sweep
 

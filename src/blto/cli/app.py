@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import blto
 from blto.cli import output
+from blto.cli.arguments import (
+    ConfigFile,
+    DataRoot,
+    Device,
+    DeviceOption,
+    EngineOption,
+    Executor,
+    Json,
+    Layout,
+    OutFile,
+    Quiet,
+    Resume,
+    Seed,
+    Set,
+    Store,
+    choices,
+    surroundings,
+    word,
+)
 
 app = typer.Typer(
     name="blto",
@@ -19,77 +37,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Engine(StrEnum):
-    """What trains: the native kernels where they fit, or plain torch throughout."""
-
-    FAST = "fast"
-    REFERENCE = "reference"
-
-
-class Executor(StrEnum):
-    """Where a sweep's cells run."""
-
-    SERIAL = "serial"
-    PROCESSES = "processes"
-
-
-class Layout(StrEnum):
-    """How a poisoned set is written."""
-
-    PARQUET = "parquet"
-    PNG = "png"
-
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one key, as attack.poison_rate=0.005; may be given again."),
-]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of every choice; overrules the configuration's.")]
-Store = Annotated[Path, typer.Option(help="Folder of the runs and of what they share.")]
-DataRoot = Annotated[
-    Path | None, typer.Option(help="Folder of the data sets; else the variable BLTO_DATA.", show_default=False)
-]
-EngineOption = Annotated[
-    Engine | None,
-    typer.Option(help="What trains; sets pretraining.engine and that of the trigger's surrogate.", show_default=False),
-]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted stage.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-OutFile = Annotated[Path | None, typer.Option(help="Copy the file to here.", show_default=False)]
-
-
-def _options(store: Path, data_root: Path | None, device: Device, resume: bool, quiet: bool) -> dict[str, Any]:
-    """The keywords that every call on a configuration takes; see `blto.options.Options`."""
-    return {
-        "store": store,
-        "data_root": data_root,
-        "device": device.value,
-        "resume": resume,
-        "quiet": quiet,
-    }
-
-
-def _word(engine: Engine | None) -> Any:
-    """The engine as every call takes it."""
-    return None if engine is None else engine.value
-
-
-def _choices(set_: list[str] | None, seed: int | None, engine: Engine | None) -> dict[str, Any]:
-    """The keywords that overrule the configuration in every call that trains."""
-    return {"set": set_ or (), "seed": seed, "engine": _word(engine)}
 
 
 @app.callback(invoke_without_command=True)
@@ -110,7 +57,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Learn a trigger, poison, pretrain and measure on embedded data, in minutes."""
-    records = blto.demo(out=out, seed=seed, engine=_word(engine), device=device.value, resume=resume, quiet=quiet)
+    records = blto.demo(out=out, seed=seed, engine=word(engine), device=device.value, resume=resume, quiet=quiet)
     output.print_records(records, as_json=as_json, page=out / "report.html")
 
 
@@ -128,8 +75,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run one experiment: trigger, poisons, victim and clean twin, metrics, record."""
-    options = _options(store, data_root, device, resume, quiet)
-    output.print_records(blto.run(config, **_choices(set_, seed, engine), **options), as_json=as_json)
+    options = surroundings(store, data_root, device, resume, quiet)
+    output.print_records(blto.run(config, **choices(set_, seed, engine), **options), as_json=as_json)
 
 
 @app.command()
@@ -155,7 +102,7 @@ def craft(
     as_json: Json = False,
 ) -> None:
     """Learn the trigger alone; prints its file."""
-    options = {**_options(store, data_root, device, resume, quiet), **_choices(set_, seed, engine)}
+    options = {**surroundings(store, data_root, device, resume, quiet), **choices(set_, seed, engine)}
     file = blto.craft(config, out, check=check, encoder=encoder or (), count=count, **options)
     if check:
         output.print_check(file, as_json=as_json)
@@ -182,8 +129,8 @@ def poison(
     as_json: Json = False,
 ) -> None:
     """Write the poisoned training set, with manifest and marker."""
-    options = _options(store, data_root, device, resume, quiet)
-    folder = blto.poison(config, out, trigger=trigger, layout=layout.value, **_choices(set_, seed, engine), **options)
+    options = surroundings(store, data_root, device, resume, quiet)
+    folder = blto.poison(config, out, trigger=trigger, layout=layout.value, **choices(set_, seed, engine), **options)
     output.print_path("poisoned", folder, as_json=as_json)
 
 
@@ -203,8 +150,8 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Train an encoder on the data as they are; prints its file."""
-    options = _options(store, data_root, device, resume, quiet)
-    file = blto.pretrain(config, out, poisoned=poisoned, **_choices(set_, seed, engine), **options)
+    options = surroundings(store, data_root, device, resume, quiet)
+    file = blto.pretrain(config, out, poisoned=poisoned, **choices(set_, seed, engine), **options)
     output.print_path("encoder", file, as_json=as_json)
 
 
@@ -223,7 +170,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure an encoder beside its clean twin."""
-    options = _options(store, data_root, device, False, quiet)
+    options = surroundings(store, data_root, device, False, quiet)
     metrics = blto.evaluate(
         config, encoder=encoder, clean_twin=clean_twin, trigger=trigger, set=set_ or (), seed=seed, **options
     )
@@ -256,7 +203,7 @@ def sweep(
         workers=workers,
         retry_failed=retry_failed,
         export=export,
-        **_options(store, data_root, device, True, quiet),
+        **surroundings(store, data_root, device, True, quiet),
     )
     output.print_sweep(result, as_json=as_json)
     if result.error is not None:
