@@ -13,6 +13,7 @@ import blto
 from blto import experiment
 from blto.cli import main
 from blto.configuration import read_specs
+from blto.data.images import ImageSet
 from blto.errors import ConfigError, Mismatch
 from blto.experiment import ExperimentSpec
 from blto.files import append_jsonl, read_jsonl, sha256_file
@@ -225,6 +226,21 @@ def test_pretrain_needs_no_attack_and_its_encoder_is_the_clean_twin(
     file = blto.pretrain(without_attack, tmp_path / "e.safetensors", store=store, device="cpu", quiet=True)
     assert stages(store) == before, "the run's clean twin was trained on the same images with the same seed"
     assert blto.load_encoder(str(file))(torch.rand(2, 3, 16, 16)).shape == (2, 16)
+
+
+def test_pretrain_leaves_held_out_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ImageSet] = []
+
+    def stage(spec: Any, images: ImageSet, where: Any) -> Any:
+        seen.append(images)
+        raise Mismatch("seen")
+
+    monkeypatch.setattr(experiment, "pretrain_stage", stage)
+    for held_out in (0, 20):
+        with pytest.raises(Mismatch, match="seen"):
+            blto.pretrain({**TINY_EXPERIMENT, "held_out": held_out}, store=tmp_path, device="cpu", quiet=True)
+    everything, rest = seen
+    assert len(rest) == len(everything) - 20
 
 
 def test_evaluate_finds_what_the_run_recorded(record: RunRecord, store: Path, config: Path) -> None:

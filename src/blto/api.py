@@ -16,7 +16,6 @@ from blto import doctor, experiment, poisoning
 from blto.attacks.base import poison_with
 from blto.attacks.crafting import SURROGATE
 from blto.configuration import AnyPath, Config, Options, environment, read_spec, read_specs
-from blto.data import load
 from blto.errors import ConfigError
 from blto.evaluation import evaluate_backdoor
 from blto.files import atomic_write, read_bytes
@@ -165,7 +164,7 @@ def pretrain(
         Mismatch: the data are marked as poisoned and `poisoned` is not set.
     """
     spec, where = read_spec(config, set, seed, engine, attack={"name": "clean"}), environment(**options)
-    images = load(spec.data, data_root=where.data_root, split="train", poisoned=poisoned, progress=where.progress)
+    images, _ = experiment.load_train(spec, where, poisoned=poisoned)
     experiment.say_engine("pretraining", spec.pretraining, images, where)
     stage = experiment.pretrain_stage(spec, images.without_labels(), where)
     return _delivered(stage.path / ENCODER, out)

@@ -61,7 +61,7 @@ class Split(NamedTuple):
 
 
 def split(labels: Rows, count: int, target_class: int, seed: int) -> Split:
-    """Hold out `count` images, as many of each class as is its share, at least one and at most half of it.
+    """Hold out `count` images, as many of each class as is its share, at least one and else at most half of it.
 
     The bank is drawn from the others, and so are the references, which may be in the bank as well.
 

@@ -136,14 +136,20 @@ class Data:
     test: ImageSet
 
 
+def load_train(
+    spec: ExperimentSpec, environment: Environment, *, poisoned: bool = False
+) -> tuple[ImageSet, ImageSet | None]:
+    """The images to train on, and those held out, where the spec wants some; `poisoned` permits marked sets."""
+    root, progress = environment.data_root, environment.progress
+    train = load(spec.data, data_root=root, split="train", poisoned=poisoned, progress=progress)
+    return hold_out(train, spec.held_out) if spec.held_out else (train, None)
+
+
 def load_data(spec: ExperimentSpec, environment: Environment) -> Data:
     """Read the data set; divide the training images where some are held out or the attacker has some of its own."""
-    root, progress = environment.data_root, environment.progress
-    train = load(spec.data, data_root=root, split="train", progress=progress)
-    if spec.held_out:
-        train, test = hold_out(train, spec.held_out)
-    else:
-        test = load(spec.data, data_root=root, split="test", progress=progress)
+    train, test = load_train(spec, environment)
+    if test is None:
+        test = load(spec.data, data_root=environment.data_root, split="test", progress=environment.progress)
     if spec.attacker_share == 0:
         return Data(train, train, test)
     if train.labels is None:

@@ -118,9 +118,10 @@ def test_our_own_nets_are_folded_and_change_in_nothing(monkeypatch: pytest.Monke
     used: list[nn.Module] = []
 
     class Noted(FoldedEncoder):
-        def __init__(self, given: Encoder) -> None:
+        def __init__(self, given: Encoder, *, image_size: tuple[int, int]) -> None:
             used.append(given)
-            super().__init__(given)
+            super().__init__(given, image_size=image_size)
+            assert image_size == IMAGES.shape[2:]
 
     monkeypatch.setattr(features, "FoldedEncoder", Noted)
     found = extract(encoder, IMAGES, batch_size=10).vectors

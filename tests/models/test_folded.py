@@ -66,6 +66,20 @@ def test_the_native_kernels_are_chosen_where_they_fit(width: int, fits: bool) ->
     assert folded.batch_size == (2048 if fits else 128)
 
 
+@pytest.mark.skipif(find_kernels()[0] is None, reason=find_kernels()[1])
+def test_maps_that_leave_the_caches_are_torchs() -> None:
+    encoder = trained({"name": "resnet18", "width": 32})
+    assert FoldedEncoder(encoder).is_native
+    assert not FoldedEncoder(encoder, image_size=(224, 224)).is_native
+
+
+@pytest.mark.skipif(find_kernels()[0] is None, reason=find_kernels()[1])
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8, dtype=torch.uint8)])
+def test_the_kernels_are_given_nothing_but_uint8_colour_images(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="give uint8 on the CPU"):
+        FoldedEncoder(trained(NETS[0]))(images)
+
+
 def test_images_need_not_lie_in_a_row() -> None:
     folded = FoldedEncoder(trained(NETS[0]))
     images = draw(4)

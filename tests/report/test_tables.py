@@ -25,6 +25,12 @@ def printed(records: list[RunRecord], probe: str = "linear", width: int = 80) ->
     return buffer.getvalue()
 
 
+def test_a_run_on_held_out_images_says_so(make_record: MakeRecord) -> None:
+    record = make_record()
+    held_out = record.model_copy(update={"spec": {**record.spec, "held_out": 5000}})
+    assert [row.data for row in table_rows([record, held_out])] == ["cat", "cat, 5,000 held out"]
+
+
 def test_numbers_in_words() -> None:
     metric = Metric(value=0.9312, low=0.924, high=0.937, n=9000)
     assert with_interval(metric) == "93.1% [92.4, 93.7]"

@@ -94,7 +94,7 @@ def extract(
         keep_freed_memory()
     batches = []
     with evaluating(encoder), torch.inference_mode(), torch.autocast(place.type, torch.bfloat16, enabled=bf16):
-        run, suited = _runner(encoder, place, bf16)
+        run, suited = _runner(encoder, place, bf16, images.shape[2:])
         size = suited if batch_size is None else batch_size
         for start in range(0, len(rows), size):
             # Indexing with an array copies, which is what makes a read-only memory map safe to hand to torch.
@@ -107,10 +107,12 @@ def extract(
     return Features(vectors, known, torch.from_numpy(rows.copy()))
 
 
-def _runner(encoder: nn.Module, place: torch.device, bf16: bool) -> tuple[Callable[[Tensor], Tensor], int]:
+def _runner(
+    encoder: nn.Module, place: torch.device, bf16: bool, image_size: tuple[int, ...]
+) -> tuple[Callable[[Tensor], Tensor], int]:
     """The encoder as a function of uint8 images, and the batch size that suits it."""
-    if can_fold(encoder) and not bf16:
-        folded = FoldedEncoder(encoder)
+    if place.type == "cpu" and can_fold(encoder) and not bf16:
+        folded = FoldedEncoder(encoder, image_size=(image_size[0], image_size[1]))
         return folded, folded.batch_size
     suited = BATCH_ON_CPU if place.type == "cpu" else BATCH
     return lambda images: cast(Tensor, encoder(images.float().div_(255))), suited

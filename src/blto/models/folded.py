@@ -27,6 +27,7 @@ class FoldedEncoder:
 
     Args:
         encoder: for which `can_fold` holds. It is not changed, and later changes of it are not seen.
+        image_size: (H, W) of the images that it will mostly get: for larger ones torch does better.
         native: False keeps it from the native kernels.
 
     Attributes:
@@ -35,14 +36,13 @@ class FoldedEncoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, encoder: Encoder, *, native: bool = True) -> None:
+    def __init__(self, encoder: Encoder, *, image_size: tuple[int, int] = (32, 32), native: bool = True) -> None:
         backbone = cast(ResNet, encoder.backbone)
         self._stem = _folded_stem(_stem(backbone), encoder.std)
         self._blocks = [_folded_block(cast(BasicBlock, block)) for block in backbone.stages]
         self._centre = encoder.mean * WHITE
-        layers = (self._stem, *(layer for block in self._blocks for layer in block if layer is not None))
         self._net: inference.Net | None = None
-        if native and inference.supports(layers):
+        if native and inference.supports(self._stem, self._blocks, *image_size):
             self._net = inference.Net(self._stem, self._blocks, self._centre.flatten())
         self.is_native = self._net is not None
         self.batch_size = 2048 if self.is_native else 128  # torch keeps the maps of a whole batch, the kernels do not
@@ -128,7 +128,7 @@ def _is_plain(backbone: nn.Module) -> bool:
 
 
 def _can_join(layers: tuple[nn.Module, ...]) -> bool:
-    """Whether `_fold` takes these layers."""
+    """Whether `_folded` takes these layers."""
     return (
         [type(layer) for layer in layers] == [nn.Conv2d, nn.BatchNorm2d]
         and (convolution := cast(nn.Conv2d, layers[0])).bias is None

@@ -1,6 +1,7 @@
 """Triggers: what the adversary puts into an image, and the budget that no trigger can leave.
 
-A trigger proposes a candidate image; the base class projects it into the budget, so an attack cannot forget to.
+A trigger proposes a candidate image; the base class projects it into the budget, so an attack cannot forget to. The
+one generator that skips this is within it by its last layer.
 """
 
 from __future__ import annotations
@@ -186,12 +187,11 @@ class GeneratorTrigger(Trigger):
         self.parametrisation: Parametrisation = parametrisation
 
     def forward(self, images: Tensor) -> Tensor:
-        """Apply the trigger; a residual of at most epsilon needs no projection but that to [0, 1]."""
-        if self.parametrisation == "image":
-            return super().forward(images)
-        if isinstance(self.generator, HourglassGenerator):
+        """Apply the trigger; an hourglass's residual, which its tanh keeps within epsilon, needs no projection but one
+        to [0, 1], and its last kernel does that."""
+        if self.parametrisation == "residual" and isinstance(self.generator, HourglassGenerator):
             return self.generator.add_to(images, self.budget.epsilon)
-        return self.candidate(images).clamp(0, 1)
+        return super().forward(images)
 
     def candidate(self, images: Tensor) -> Tensor:
         """The image that the generator proposes."""

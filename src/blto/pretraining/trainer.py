@@ -146,7 +146,7 @@ class Trainer:
         for part in method.modules():
             if isinstance(part, Encoder):
                 part.native = native
-        self.method = method.to(self.fabric.device)
+        self.method = method.to(self.fabric.device).train()
         wrapped = with_cuda_graphs(method) if cuda_graphs else joined(method)
         self._wrapped, self.optimizer = self.fabric.setup(wrapped, build_optimizer(optimizer, method))
         words = find_kernels()[1] if native else GRAPHS if cuda_graphs else "plain torch"

@@ -65,7 +65,7 @@ def table_rows(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) -> lis
         rows.append(
             Row(
                 attack=_name(record, "attack.name"),
-                data=_name(record, "data.name"),
+                data=_data(record),
                 method=_name(record, "pretraining.method.name"),
                 poison_rate=float(rate) if isinstance(rate, int | float) and is_attack(record) else None,
                 epsilon=_epsilon(record),
@@ -161,6 +161,13 @@ def markdown_table(records: Sequence[RunRecord], probe: str = HEADLINE_PROBE) ->
     over = " Means over seeds: Student-t intervals over the seeds." if means else ""
     shown = _escape_markdown(show(probe, 40))
     return f"{table}\n\nProbe: {shown}. In brackets: 95% intervals over the n test images.{over}\n"
+
+
+def _data(record: RunRecord) -> str:
+    """The data set, and whether held-out training images stood for its test set."""
+    held_out = lookup(record.spec, "held_out")
+    of = f", {held_out:,} held out" if isinstance(held_out, int) and held_out else ""
+    return _name(record, "data.name") + of
 
 
 def _name(record: RunRecord, path: str) -> str:

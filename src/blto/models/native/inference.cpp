@@ -1,7 +1,7 @@
 // A residual net in float32 with its batch norms folded away, from uint8 images to pooled features: what
 // `blto.models.native.inference` calls.
 //
-// Layout. A thread takes a block of 32 images through the whole net, so the maps stay in its second-level cache:
+// Layout. A thread takes a block of 32 images through the whole net, so small nets' maps stay in its caches:
 //     [pixel][channel][2 groups][16 images]   float32.
 // All arithmetic is over images, a register at a time; every channel of every pixel is the same code.
 //
@@ -115,7 +115,7 @@ void convolve_directly(const Convolution& c, const Map& x, const Map& y, const F
 
 // The patch of a tile, zeros outside the map, to v[36][channel][2][16].
 void transform_patch(const Map& x, int top, int left, float* v) {
-  static const float zeros[BLOCK] alignas(64) = {};
+  alignas(64) static const float zeros[BLOCK] = {};
   const float* source[POINTS];
   size_t step[POINTS];
   for (int p = 0; p < POINTS; ++p) {

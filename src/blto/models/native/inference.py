@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from blto.models.native.library import find_kernels, kernels
-from blto.models.native.ops import pointer
+from blto.models.native.ops import BLOCK, pointer
 
 OUTPUTS = 8
 """Output channels that a kernel sums at once: every layer's number of them is a multiple."""
+MAP_LIMIT = 2**23
+"""Float values of a block's largest map, 32 MiB: larger ones leave the caches, and torch is as fast."""
 
 # G of Winograd's F(4x4, 3x3): a row of three weights becomes six (Lavin and Gray, arXiv 1509.09308, section 4).
 WINOGRAD = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))  # times 24
@@ -61,6 +64,9 @@ class Net:
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32 features (N, D)."""
+        if images.dtype != torch.uint8 or images.device.type != "cpu" or images.shape[1] != len(self._centre):
+            given = f"{images.dtype} {tuple(images.shape)} on {images.device}"
+            raise ValueError(f"images are {given}; give uint8 on the CPU, of as many channels as the net was made for")
         images = images.contiguous()
         features = torch.empty(len(images), self.outputs)
         kernels().blto_folded_features(
@@ -83,9 +89,17 @@ class Net:
         return _Convolution(*map(pointer, kept), inputs, outputs, kernel, layer.stride, transformed)
 
 
-def supports(layers: Iterable[Layer]) -> bool:
-    """Whether `Net` takes these layers here: fitting widths, and a processor and a library that run it."""
-    return find_kernels()[0] is not None and all(len(layer.bias) % OUTPUTS == 0 for layer in layers)
+def supports(stem: Layer, blocks: Sequence[Block], height: int, width: int) -> bool:
+    """Whether `Net` is to take these layers here, for images of this size: fitting widths, a processor and a library
+    that run it, and maps small enough that every thread may keep three of a block's.
+    """
+    largest = 0
+    for layer in (stem, *chain.from_iterable(block[:2] for block in blocks)):
+        height, width = -(-height // layer.stride), -(-width // layer.stride)
+        largest = max(largest, height * width * len(layer.bias) * BLOCK)
+    layers = (stem, *(layer for block in blocks for layer in block if layer is not None))
+    fitting = largest <= MAP_LIMIT and all(len(layer.bias) % OUTPUTS == 0 for layer in layers)
+    return fitting and find_kernels()[0] is not None
 
 
 def _winograd(weight: Tensor) -> Tensor:

@@ -653,7 +653,7 @@ int blto_squash_forward(const bf16* r, float gain, int blocks, int pixels, int w
 }
 
 // Its backward pass: dout, float images, into dr, like r. `clipped` is `out` where images were given, else null: then
-// the gradient ends at what left [0, 1].
+// the gradient ends at what is not within [0, 1], the ends left out.
 int blto_squash_backward(const float* dout, const float* clipped, const bf16* r, const float* inverse_rms, float gain,
                           float epsilon, int blocks, int pixels, int width, int cell, int planar, bf16* dr) {
   const Cells cells{pixels, width, cell};
