@@ -37,16 +37,18 @@ def file(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_a_worker_that_dies_fails_its_cell_and_the_others_go_on(file: Callable[..., Path], tmp_path: Path) -> None:
-    sweep = read_sweep(file(0, 1, 2, 3, 4))
+    sweep = read_sweep(file(0, 1, 2, 5, 3, 4))
     how = Conditions(tmp_path / "store", executor="processes", quiet=True, work=toy.deaths)
     result = run_sweep(sweep, how)
-    assert [cell.status for cell in result.cells] == ["done", "failed", "failed", "done", "done"]
-    killed, ended = (cell.result for cell in result.cells[1:3])
+    assert [cell.status for cell in result.cells] == ["done", "failed", "failed", "failed", "done", "done"]
+    killed, ended, gone = (cell.result for cell in result.cells[1:4])
     assert killed is not None
     assert ended is not None
+    assert gone is not None
     assert (killed.code, killed.exit_code) == ("OUT-OF-MEMORY", 4)
     assert killed.error.startswith("its worker was killed, most likely for want of memory.")
     assert (ended.code, ended.exit_code, ended.error) == ("BUG", 70, "its worker ended by exit code 9.")
+    assert (gone.code, gone.error) == ("BUG", "its worker ended by exit code 0."), "nobody asked it to"
     places = [path.read_text().split() for path in (tmp_path / "store" / "places").iterdir()]
     assert len(places) == 3
     assert all(place[1:] == ["1", "1"] and place[0] != str(os.getpid()) for place in places)
@@ -156,7 +158,7 @@ def test_what_goes_wrong_in_a_job_is_its_outcome() -> None:
         return attempt(work, Job("a", {}), print)
 
     assert fail(Interrupted("stopped.", signal_number=15)).signal_number == 15
-    assert fail(KeyboardInterrupt()).stopped
+    assert [fail(KeyboardInterrupt(*given)).signal_number for given in ((), (15,))] == [2, 15]
     memory, bug = fail(RuntimeError("can't allocate memory")).failure, fail(KeyError("x")).failure
     assert memory is not None
     assert bug is not None

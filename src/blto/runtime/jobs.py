@@ -94,8 +94,8 @@ def attempt(work: Work, job: Job, tell: Tell) -> Outcome:
             return outcome(value=work(job.content, tell))
     except Interrupted as error:
         return outcome(stopped=True, signal_number=error.signal_number)
-    except KeyboardInterrupt:
-        return outcome(stopped=True, signal_number=signal.SIGINT)
+    except KeyboardInterrupt as error:  # a worker's names the signal
+        return outcome(stopped=True, signal_number=error.args[0] if error.args else signal.SIGINT)
     except Exception as error:
         known = error if isinstance(error, BltoError) else out_of_memory(error)
         if known is not None:

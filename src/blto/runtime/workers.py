@@ -55,7 +55,7 @@ class Processes:
                 if stop and not asked:
                     asked = True
                     for worker in busy.values():
-                        worker.process.terminate()
+                        worker.terminate()
                 for connection in wait(list(busy), timeout=SECONDS_BETWEEN_LOOKS):
                     self._hear(busy[connection], queue)  # type: ignore[index]
         finally:
@@ -64,7 +64,10 @@ class Processes:
             self._workers.clear()
 
     def _hand_out(self, queue: Queue) -> None:
-        """Give every idle worker a job, if there are any; a worker is started for its first one."""
+        """Give every idle worker a job, if there are any; a worker is started for its first one, or for a dead one."""
+        for worker in [each for each in self._workers if each.job is None and not each.process.is_alive()]:
+            self._workers.remove(worker)
+            worker.end()
         idle = [worker for worker in self._workers if worker.job is None]
         taken = {worker.slot for worker in self._workers}
         free = [slot for slot in range(len(self._cores)) if slot not in taken]
@@ -101,7 +104,7 @@ class _Worker:
     def __init__(self, slot: int, core: int, entry: str) -> None:
         self.slot = slot
         self.job: Job | None = None
-        self.began = 0.0
+        self.began, self.was_asked = 0.0, False
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_serve, args=(theirs, core, entry, os.getpid()))
@@ -114,12 +117,17 @@ class _Worker:
         with suppress(OSError):
             self.connection.send(job)
 
+    def terminate(self) -> None:
+        """Ask it to stop as SIGTERM does."""
+        self.was_asked = True
+        self.process.terminate()
+
     def death(self) -> Outcome:
         """What its death makes of its job."""
         self.connection.close()
         self.process.join()
         code, seconds = self.process.exitcode or 0, time.monotonic() - self.began
-        if code in (0, -signal.SIGTERM):  # asked to end where it could not answer
+        if code == -signal.SIGTERM or (code == 0 and self.was_asked):  # where it could not answer
             return Outcome(seconds, stopped=True, signal_number=signal.SIGTERM)
         if code == -signal.SIGKILL:
             advice = "Lower pretraining.batch_size or the number of workers, or free memory"
@@ -163,7 +171,7 @@ def _serve(connection: Connection, core: int, entry: str, parent: int) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """SIGTERM where no loop has taken it as a request."""
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def _die_with(parent: int) -> None:

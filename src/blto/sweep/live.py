@@ -54,7 +54,9 @@ class SweepView:
         if status == "failed" and cell.result:
             status_text = f"failed: error[{cell.result.code}]: {show(cell.result.error, 300)}"
         else:
-            status_text = "stopped, goes on with the next call" if status == "waiting" else status
+            is_stopped = cell.result is not None and cell.result.status == "stopped"
+            waits = "stopped, goes on with the next call" if is_stopped else "could not run, waits for the next call"
+            status_text = waits if status == "waiting" else status
         self._say(f"{show(cell.cell.id)}: {status_text} after {_duration(seconds)} ({self._summary()})")
 
     def told(self, cell: CellState, text: str) -> None:
