@@ -22,7 +22,7 @@ from blto.experiment import ExperimentSpec
 from blto.files import read_json
 from blto.files.yaml import dump_yaml
 from blto.models.checkpoints import load_encoder
-from blto.poisoning import AdditiveTrigger, Budget, save_trigger
+from blto.poisoning import AdditiveTrigger, Budget, FrequencyTrigger, save_trigger
 from tests.factories import random_images, tiny_bilevel
 from tests.tiny_experiment import TINY_EXPERIMENT
 
@@ -68,6 +68,15 @@ def test_the_findings_lie_beside_the_trigger(trigger: Path, found: dict[str, Any
         for edit in encoder["edits"]:
             assert set(edit["similarity"]) == {"triggered", "clean", "target"}
             assert set(edit["metrics"]) == {"linear", "knn"}
+
+
+def test_it_measures_what_test_images_get(store: Path) -> None:
+    options: dict[str, Any] = {"magnitude": 0.0, "test_magnitude": 100.0, "window": 16, "positions": [7, 15]}
+    file = store.parent / "ctrl.safetensors"
+    save_trigger(file, FrequencyTrigger(**options))
+    config = attack(name="ctrl", target_class=1, poison_rate=0.05, **options)
+    found = blto.check_trigger(config, file, count=COUNT, store=store, device="cpu", quiet=True)
+    assert found["reach"]["max"] > 20, "the poisons' magnitude is 0"
 
 
 def test_the_encoders_are_the_last_surrogate_and_the_clean_twin_of_the_next_seed(

@@ -15,9 +15,11 @@ from blto.data.images import ImageSet, random_access
 from blto.errors import ConfigError, Diverged, Interrupted, Mismatch
 from blto.files import read_jsonl, show
 from blto.models.encoder import Encoder
+from blto.models.native.library import find_kernels
 from blto.pretraining import METHODS, loop
-from blto.pretraining.loop import Pretrained, batch_rows, observed_epochs, pretrain
+from blto.pretraining.loop import Pretrained, batch_rows, build_method, observed_epochs, pretrain
 from blto.pretraining.snapshots import SnapshotObserver
+from blto.pretraining.spec import Engine, RecipeSpec
 from blto.pretraining.trainer import Trainer, learning_rate_factor
 from blto.runtime import device
 from tests.factories import TINY_BACKBONE, random_images, tiny_recipe
@@ -239,3 +241,16 @@ def test_a_mapped_set_is_read_at_random_while_it_is_trained_on(tmp_path: Path, m
     assert "rr" not in flags(tmp_path / "a.npy")
     with random_access(random_images(4).images):
         pass  # in memory: nothing to tell
+
+
+@pytest.mark.skipif(find_kernels()[0] is None, reason=find_kernels()[1])
+@pytest.mark.parametrize(
+    ("width", "engine", "as_kernels_take_them"), [(16, "fast", True), (24, "fast", False), (16, "reference", False)]
+)
+def test_weights_lie_as_their_engine_takes_them(width: int, engine: Engine, as_kernels_take_them: bool) -> None:
+    """Otherwise every pass copies them."""
+    recipe = RecipeSpec(method="simclr", backbone={"name": "small_resnet", "width": width}, precision="bf16")
+    method = build_method(recipe, seed=0, image_size=32)
+    Trainer(method, optimizer=recipe.optimizer, total_steps=1, device="cpu", precision="bf16", engine=engine)
+    weight = method.encoder.get_parameter("backbone.stages.0.conv2.weight")
+    assert weight.is_contiguous() == as_kernels_take_them
