@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from blto.analysis import (
     alignment_uniformity,
+    asr_trajectory,
     crafting_curve,
     embed,
     embedding_map,
@@ -40,6 +41,7 @@ def bars(**changes: Any) -> Figure:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "similarity": lambda: similarity_trajectory(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7], twin=(T, [0, 0.1, 0.1])),
+    "success": lambda: asr_trajectory(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7], twin=(T, [0, 0.1, 0.1])),
     "alignment": lambda: alignment_uniformity(T, [2, 1, 0.5], [-1, -2, -3], twin=(T, [2, 1, 1], [-1, -2, -2])),
     "crafting": lambda: crafting_curve(T, [0, 0.5, 0.1], [0, 0, 0], [0.2, 0.6, 0.2], restarts=[10]),
     "bars": bars,

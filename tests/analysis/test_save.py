@@ -22,6 +22,9 @@ ROWS: list[dict[str, Any]] = [
     {"epoch": e, "trigger": 0.1 + e / 30, "clean": -0.1, "target": 0.7, "alignment": 1.0 - e / 40, "uniformity": -2.5}
     for e in (0, 10, 20)
 ]
+JUDGED: list[dict[str, Any]] = [
+    {**row, "asr": 0.1 + row["epoch"] / 40, "untriggered_rate": 0.05, "clean_accuracy": 0.7} for row in ROWS
+]
 CRAFTING: list[dict[str, Any]] = [
     {"step": r, "period": r // 20, "trigger": 0.2, "clean": 0.0, "target": 0.5} for r in (10, 20, 30, 40)
 ]
@@ -58,6 +61,14 @@ def test_the_csv_holds_the_plotted_points(tmp_path: Path) -> None:
     assert poisoned == lines(figure, "triggered, poisoned")
     assert twin == lines(figure, "triggered, clean twin")
     assert columns["target"] == ["0.7", "0.7", "0.7", "", ""]
+
+
+def test_success_over_training_shows_both_encoders_and_needs_every_epoch_judged() -> None:
+    figure, data = record_figures(record(trajectory=JUDGED, trajectory_clean_twin=JUDGED[:2]))["asr_trajectory"]
+    assert lines(figure, "ASR, poisoned") == [(0.0, 0.1), (10.0, 0.35), (20.0, 0.6)]
+    assert lines(figure, "ASR, clean twin") == [(0.0, 0.1), (10.0, 0.35)]
+    assert data["clean_accuracy"] == [0.7, 0.7, 0.7, None, None]
+    assert "asr_trajectory" not in record_figures(record(trajectory=[*JUDGED[:2], ROWS[2]]))
 
 
 def test_all_figures_of_a_record_with_their_numbers() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blto.analysis.bars import metric_bars
-from blto.analysis.curves import alignment_uniformity, crafting_curve, similarity_trajectory
+from blto.analysis.curves import alignment_uniformity, asr_trajectory, crafting_curve, similarity_trajectory
 from blto.analysis.embedding import embed, embedding_map
 from blto.analysis.from_record import record_figures
 from blto.analysis.from_test_set import test_set_figures
@@ -12,6 +12,7 @@ from blto.analysis.save import save_figure, svg_text
 
 __all__ = [
     "alignment_uniformity",
+    "asr_trajectory",
     "crafting_curve",
     "embed",
     "embedding_map",

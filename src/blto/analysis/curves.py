@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from blto.analysis.style import CLEAN, MUTED, TARGET, TRIGGERED, TWIN, column, legend_below, new_figure, styled
@@ -46,6 +46,38 @@ def similarity_trajectory(
         axes.plot(twin_x, twin_y, color=TWIN, marker="s", markerfacecolor="none", label="triggered, clean twin")
     axes.plot(x, column(clean, "clean", len(x)), color=CLEAN, linestyle=":", label="other classes, no trigger")
     axes.set(xlabel="Victim training (epochs)", ylabel=SIMILARITY)
+    _whole_numbers(axes)
+    legend_below(figure, axes)
+    return figure
+
+
+@styled
+def asr_trajectory(
+    epochs: ArrayLike, asr: ArrayLike, untriggered: ArrayLike, accuracy: ArrayLike, *, twin: Twin | None = None
+) -> Figure:
+    """Attack success over the victim's training, beside what triggered images do to an encoder that saw no poison.
+
+    Args:
+        epochs: (T,) victim epochs at which the rest was measured.
+        asr: (T,) share of triggered images of other classes that are taken for the target class.
+        untriggered: (T,) the same share without the trigger.
+        accuracy: (T,) clean accuracy of the poisoned encoder.
+        twin: (epochs, asr) of the clean twin.
+
+    Raises:
+        ConfigError: an argument is not a row of finite numbers, or the lengths differ.
+    """
+    x = column(epochs, "epochs")
+    figure, [axes] = new_figure(3.3)
+    axes.plot(x, column(accuracy, "accuracy", len(x)), color=TARGET, linestyle="--", label="clean accuracy, poisoned")
+    axes.plot(x, column(asr, "asr", len(x)), color=TRIGGERED, marker="o", label="ASR, poisoned")
+    if twin is not None:
+        twin_x = column(twin[0], "twin epochs")
+        twin_y = column(twin[1], "twin asr", len(twin_x))
+        axes.plot(twin_x, twin_y, color=TWIN, marker="s", markerfacecolor="none", label="ASR, clean twin")
+    axes.plot(x, column(untriggered, "untriggered", len(x)), color=CLEAN, linestyle=":", label="no trigger, poisoned")
+    axes.set(xlabel="Victim training (epochs)", ylabel="Share of images", ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _whole_numbers(axes)
     legend_below(figure, axes)
     return figure

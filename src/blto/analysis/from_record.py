@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from blto.analysis.bars import metric_bars
-from blto.analysis.curves import alignment_uniformity, crafting_curve, similarity_trajectory
+from blto.analysis.curves import alignment_uniformity, asr_trajectory, crafting_curve, similarity_trajectory
 from blto.records import Metric, RunRecord
 
 Columns = dict[str, list[Any]]
@@ -22,10 +22,12 @@ def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
     """Name -> (figure, plotted columns) for everything that `record` has measured; what it has not is left out.
 
     Entries of `trajectory` and `trajectory_clean_twin` are read under "epoch", "alignment", "uniformity" and the
-    similarities to the target class of triggered, clean and target-class images: "trigger", "clean" and "target". Those
-    of `crafting` are read under "step", the same three, and "period", which changes when the surrogate starts anew.
+    similarities to the target class of triggered, clean and target-class images: "trigger", "clean" and "target"; and
+    a kNN probe's "asr", "untriggered_rate" and "clean_accuracy", which older records lack. Those of `crafting` are read
+    under "step", the same three similarities, and "period", which changes when the surrogate starts anew.
     """
     makers: dict[str, Callable[[RunRecord], tuple[Figure, Columns] | None]] = {
+        "asr_trajectory": _success,
         "similarity_trajectory": _similarity,
         "alignment_uniformity": _alignment,
         "crafting_curve": _crafting,
@@ -33,6 +35,15 @@ def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
     }
     made = {name: maker(record) for name, maker in makers.items()}
     return {name: pair for name, pair in made.items() if pair is not None}
+
+
+def _success(record: RunRecord) -> tuple[Figure, Columns] | None:
+    poisoned = _columns(record.trajectory, "epoch", "asr", "untriggered_rate", "clean_accuracy")
+    if poisoned is None:
+        return None
+    twin = _columns(record.trajectory_clean_twin, "epoch", "asr")
+    figure = asr_trajectory(*poisoned.values(), twin=tuple(twin.values()) if twin else None)  # type: ignore[arg-type]
+    return figure, _stacked(poisoned, twin)
 
 
 def _similarity(record: RunRecord) -> tuple[Figure, Columns] | None:

@@ -87,6 +87,8 @@ def print_sweep(result: SweepResult, *, as_json: bool) -> None:
         if exported:
             copied, unchanged = ([str(path) for path in paths] for paths in (exported.copied, exported.unchanged))
             document["export"] = {"copied": copied, "unchanged": unchanged, "left_out": exported.left_out}
+        if result.comparison:
+            document["comparison"] = result.comparison.as_json()
         print_json(document)
         return
     from blto.report.wording import percent
@@ -105,6 +107,8 @@ def print_sweep(result: SweepResult, *, as_json: bool) -> None:
             print_text(f"{show(cell.cell.id)}: error[{cell.result.code}]: {show(cell.result.error, 400)}")
     if waiting := result.count("waiting"):
         print_text(f"{waiting} of {len(result.cells)} cells wait; the same command goes on.")
+    if result.comparison:
+        print_text(result.comparison.sentence())
     if exported:
         print_text(f"{len(exported.copied)} files copied, {len(exported.unchanged)} unchanged.")
         print_text(*(f"left out: {show(line, 400)}" for line in exported.left_out))

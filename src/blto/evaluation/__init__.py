@@ -5,8 +5,9 @@ Sees encoders, triggers and predictions, never an attack.
 
 from __future__ import annotations
 
-from blto.evaluation.backdoor import Evaluation, Follower, evaluate_backdoor
+from blto.evaluation.backdoor import Evaluation, evaluate_backdoor
 from blto.evaluation.features import Features, evaluating, extract
+from blto.evaluation.follower import Follower
 from blto.evaluation.geometry import alignment, similarity, uniformity
 from blto.evaluation.metrics import METRIC_NAMES, aggregate, backdoor_metrics, rate
 from blto.evaluation.probes import (

@@ -12,20 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from blto.data.images import ImageSet
-from blto.data.views import Views
 from blto.errors import ConfigError
-from blto.evaluation.features import Features, device_of, evaluating, extract
-from blto.evaluation.geometry import alignment, similarity, uniformity
+from blto.evaluation.features import Features, extract
+from blto.evaluation.geometry import similarity
 from blto.evaluation.metrics import backdoor_metrics, rate
 from blto.evaluation.probes import fit_probe
 from blto.records import Metric
 
 Images = npt.NDArray[np.uint8]
-FOLLOWED = 512
-"""Images followed along a training: enough for a curve, cheap enough for every snapshot."""
 
 
 @dataclass(frozen=True)
@@ -91,44 +88,3 @@ def evaluate_backdoor(
         references=bank.vectors[torch.from_numpy(train.labels == target_class)],
     )
     return Evaluation(metrics, near, clean, changed)
-
-
-class Follower:
-    """Measures one trigger on any encoder of a trajectory, always on the same few images and views.
-
-    Args:
-        train, test, triggered, target_class: as in `evaluate_backdoor`; the first images of each kind are used.
-        views: the victim's augmentation, for alignment.
-    """
-
-    def __init__(self, train: ImageSet, test: ImageSet, triggered: Images, target_class: int, views: Views) -> None:
-        assert train.labels is not None  # a trajectory is drawn after `evaluate_backdoor`,
-        assert test.labels is not None  # which refuses sets without labels
-        other, own = (
-            np.flatnonzero(chosen)[:FOLLOWED] for chosen in (test.labels != target_class, test.labels == target_class)
-        )
-        references = np.flatnonzero(train.labels == target_class)[:FOLLOWED]
-        self._sets = {
-            "triggered": triggered[other],
-            "clean": test.images[other],
-            "target": test.images[own],
-            "references": train.images[references],
-        }
-        drawn = (views.draw(seed=0, epoch=0, samples=other, view=view) for view in (0, 1))
-        self._views = [views.fast(test.images, other, parameters) for parameters in drawn]
-
-    def __call__(self, encoder: nn.Module) -> dict[str, float]:
-        """One row: centred similarity to the target of triggered, clean and target images; alignment; uniformity."""
-        found = {name: extract(encoder, images).vectors for name, images in self._sets.items()}
-        row: dict[str, float] = {}
-        for name, key in (("trigger", "triggered"), ("clean", "clean"), ("target", "target")):
-            row[name] = similarity(**{**found, "triggered": found[key]})["centred"]
-        with evaluating(encoder), torch.inference_mode():
-            device = device_of(encoder)
-            first, second = (_float(encoder(view.to(device))) for view in self._views)
-        row["alignment"], row["uniformity"] = alignment(first, second), uniformity(found["clean"])
-        return row
-
-
-def _float(features: Tensor) -> Tensor:
-    return features.float().cpu()

@@ -23,6 +23,11 @@ from blto.report.tables import METRICS, probes, rows_over_seeds, table_rows
 from blto.report.wording import lookup
 
 FIGURES: dict[str, tuple[str, str]] = {
+    "asr_trajectory": (
+        "Attack success over training",
+        "A kNN probe on a part of the test images at every snapshot: one epoch alone may mislead. The gap between "
+        "poisoned encoder and clean twin is what the poisons did.",
+    ),
     "similarity_trajectory": (
         "Similarity over training",
         "How near triggered images come to the target class while the victim trains. The dashed line is full effect, "

@@ -9,6 +9,7 @@ grid:                          # ... then all combinations of these values
   attack.epsilon: [8/255, 16/255]
 seeds: [0, 1, 2]               # each cell once a seed: all cells with the first seed, then all with the next
 expected_hours: 1.5            # of a cell; for --max-hours, until a cell is done
+comparison: {first: blto, second: ctrl}  # of two cells over their common seeds; read once all of them are done
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from blto.experiment import ExperimentSpec
 from blto.files import show
 from blto.files.yaml import assign, load_yaml, place, with_position
 from blto.registry import validate
+from blto.sweep.comparison import ComparisonSpec, paired_seeds
 
 MAX_CELLS = 10_000
 
@@ -58,6 +60,7 @@ class SweepFile(BaseModel):
         cells: see CellEntry.
         seeds: without them, the base's.
         expected_hours: how long a cell is expected to take.
+        comparison: of two cells, declared before they run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -68,6 +71,7 @@ class SweepFile(BaseModel):
     cells: list[dict[str, Any]] | None = None
     seeds: list[Annotated[int, Field(ge=0, lt=2**63, strict=True)]] = []
     expected_hours: Annotated[float, Field(gt=0)] | None = None
+    comparison: ComparisonSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's cells, in order, at least one."""
+    """A sweep's cells, in order, at least one, and the comparison that it is for, if it is for one."""
 
     name: str
     cells: Sequence[Cell]
     expected_hours: float | None = None
+    comparison: ComparisonSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def read_sweep(file: Path) -> Sweep:
 
     Raises:
         ConfigError: with file and line: an unknown key, nothing to run, a cell whose configuration is wrong, two cells
-            of one name, or of one resolved spec (both are named).
+            of one name, or of one resolved spec (both are named), a comparison without a pair.
     """
     content = load_yaml(file)
     try:
@@ -135,7 +140,12 @@ def read_sweep(file: Path) -> Sweep:
                 f"cell {show(twin.name)} ({place(file, twins_draft.where)}); remove one or set something that differs."
             )
         cells.append(cell)
-    return Sweep(given.name or _slug(file.stem), cells, given.expected_hours)
+    if given.comparison is not None:
+        try:
+            paired_seeds(given.comparison, ((cell.name, cell.spec.seed) for cell in cells))
+        except ConfigError as error:
+            raise with_position(error, file) from error
+    return Sweep(given.name or _slug(file.stem), cells, given.expected_hours, given.comparison)
 
 
 def _base(given: Any, file: Path) -> tuple[dict[str, Any], Path | None]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blto.errors import BltoError, ConfigError, Interrupted
-from blto.files import DirectoryLock, remove_leftovers
+from blto.files import DirectoryLock, remove_leftovers, write_json
 from blto.records import RunStore
 from blto.runtime.executors import build_executor
 from blto.runtime.interrupts import stop_requests
 from blto.runtime.jobs import Work
 from blto.sweep.cell import run_cell
+from blto.sweep.comparison import Comparison, compare
 from blto.sweep.export import Exported, export_cells
 from blto.sweep.live import SweepView
 from blto.sweep.plan import Cell, Sweep
@@ -31,12 +32,14 @@ class SweepResult:
         cells: in order, each with its status and, where it has one, its result.
         error: why it is not all done, where that is an error: cells failed, no room on the disk, a run in use.
         exported: what an export did, where one was asked for.
+        comparison: the declared one, where the file has one.
     """
 
     name: str
     cells: Sequence[CellState]
     error: BltoError | None = None
     exported: Exported | None = None
+    comparison: Comparison | None = None
 
     def count(self, status: str) -> int:
         """How many cells stand so: "done", "failed", "waiting"."""
@@ -130,7 +133,15 @@ def _result(queue: SweepQueue, signal_number: int | None) -> SweepResult:
             signal_number=signal_number,
         )
     error = queue.halted or (failed_line(failed, total) if failed else queue.busy)
-    return SweepResult(queue.sweep.name, list(queue.states.values()), error)
+    return SweepResult(queue.sweep.name, list(queue.states.values()), error, comparison=_comparison(queue))
+
+
+def _comparison(queue: SweepQueue) -> Comparison | None:
+    """The declared comparison as it stands."""
+    if queue.sweep.comparison is None:
+        return None
+    cells = queue.states.values()
+    return compare(queue.sweep.comparison, {(each.cell.name, each.cell.spec.seed): each.result for each in cells})
 
 
 def export_sweep(sweep: Sweep, store: Path, out: Path) -> SweepResult:
@@ -138,4 +149,7 @@ def export_sweep(sweep: Sweep, store: Path, out: Path) -> SweepResult:
     results = Results(store, sweep.name)
     exported = export_cells(sweep.cells, results, RunStore(store), out)
     queue = SweepQueue(sweep, results, lambda cell: {}, SweepView(quiet=True))
-    return SweepResult(sweep.name, list(queue.states.values()), exported=exported)
+    comparison = _comparison(queue)
+    if comparison is not None and not comparison.waiting:
+        write_json(out / "comparison.json", comparison.as_json())
+    return SweepResult(sweep.name, list(queue.states.values()), exported=exported, comparison=comparison)
