@@ -11,6 +11,7 @@ from blto.errors import ConfigError
 from blto.files import read_json
 from blto.files.yaml import dump_yaml
 from blto.records import Metric
+from blto.report.wording import comparison
 from blto.sweep import running
 from blto.sweep.comparison import ComparisonSpec, compare
 from blto.sweep.plan import Sweep, read_sweep
@@ -35,14 +36,15 @@ def test_six_pairs_of_one_sign_are_established_and_five_are_not() -> None:
     six = compare(DECLARED, results([0.5, 0.6, 0.7, 0.5, 0.6, 0.7], [0.1] * 6))
     assert six.mean is not None
     assert six.differences == pytest.approx([0.4, 0.5, 0.6, 0.4, 0.5, 0.6])
-    assert (six.mean.value, six.mean.n) == (pytest.approx(0.5), 6)
+    assert six.mean.value == pytest.approx(0.5)
+    assert six.mean.n == 6
     assert six.p == pytest.approx(2 / 64)
     assert six.established
-    assert "+50.0 points [" in six.sentence()
-    assert six.sentence().endswith("over 6 paired seeds, sign-flip test p = 0.031: established.")
+    assert "+50.0 points [" in comparison(six.as_json())
+    assert comparison(six.as_json()).endswith("over 6 paired seeds, sign-flip test p = 0.031: established.")
     five = compare(DECLARED, results([0.5, 0.6, 0.7, 0.5, 0.6], [0.1] * 5))
     assert not five.established
-    assert five.sentence().endswith("p = 0.062: not established.")
+    assert comparison(five.as_json()).endswith("p = 0.062: not established.")
 
 
 def test_the_probe_and_the_metric_are_those_declared_and_a_mixed_sign_is_no_result() -> None:
@@ -59,17 +61,17 @@ def test_nothing_is_shown_while_a_pair_waits(missing: CellResult | None) -> None
     found = compare(DECLARED, {**results([0.5] * 6, [0.1] * 6), ("b", 3): missing})
     assert (found.waiting, found.differences, found.mean, found.p) == ([3], (), None, None)
     assert not found.established
-    assert "waits for 1 of 6 paired seeds" in found.sentence()
+    assert "waits for 1 of 6 paired seeds" in comparison(found.as_json())
 
 
-def sweep_file(folder: Path, **comparison: str) -> Path:
+def sweep_file(folder: Path, **declared: str) -> Path:
     cells = [
         {"name": "a", "set": {}},
         {"name": "b", "set": {"attack.poison_rate": 0.1}},
         {"name": "c", "set": {"seed": 9}},
     ]
     file = folder / "mine.yaml"
-    content = {"base": TINY_EXPERIMENT, "cells": cells, "seeds": [0, 1], "comparison": comparison}
+    content = {"base": TINY_EXPERIMENT, "cells": cells, "seeds": [0, 1], "comparison": declared}
     file.write_text(dump_yaml(content))
     return file
 

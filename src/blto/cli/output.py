@@ -91,7 +91,7 @@ def print_sweep(result: SweepResult, *, as_json: bool) -> None:
             document["comparison"] = result.comparison.as_json()
         print_json(document)
         return
-    from blto.report.wording import percent
+    from blto.report.wording import comparison, percent
 
     rows = []
     for cell in result.cells:
@@ -108,7 +108,7 @@ def print_sweep(result: SweepResult, *, as_json: bool) -> None:
     if waiting := result.count("waiting"):
         print_text(f"{waiting} of {len(result.cells)} cells wait; the same command goes on.")
     if result.comparison:
-        print_text(result.comparison.sentence())
+        print_text(f"comparison: {show(comparison(result.comparison.as_json()), 400)}")
     if exported:
         print_text(f"{len(exported.copied)} files copied, {len(exported.unchanged)} unchanged.")
         print_text(*(f"left out: {show(line, 400)}" for line in exported.left_out))

@@ -128,3 +128,15 @@ def overall(records: Sequence[RunRecord]) -> str:
         number = f"{len(controls)} control{'s' * (len(controls) > 1)}"
         words.append(f"{sum(record.took for record in controls)} of {number} took.")
     return " ".join(words) or "Clean runs only."
+
+
+def comparison(found: Mapping[str, Any]) -> str:
+    """A sweep's declared comparison, as its `comparison.json` has it, in one sentence."""
+    what = f"{found['metric']} of {found['first']} minus that of {found['second']} ({found['probe']} probe)"
+    n = len(found["seeds"])
+    if found["mean"] is None:
+        return f"{what}: waits for {len(found['waiting'])} of {n} paired seeds; it is read once, at the end."
+    mean = Metric(**found["mean"])
+    difference = f"{points(mean.value)} {interval(mean)}".rstrip()
+    verdict = "established" if found["established"] else "not established"
+    return f"{what}: {difference} over {n} paired seeds, sign-flip test p = {found['p']:.3f}: {verdict}."

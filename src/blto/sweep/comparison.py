@@ -18,7 +18,6 @@ from blto.errors import ConfigError
 from blto.evaluation import METRIC_NAMES, PROBES, aggregate, sign_flip_test
 from blto.files import show
 from blto.records import HEADLINE_PROBE, Metric
-from blto.report.wording import interval, points
 from blto.sweep.results import CellResult
 
 LEVEL = 0.05
@@ -66,18 +65,6 @@ class Comparison:
     def established(self) -> bool:
         """Whether the difference is more than chance, by the declared test."""
         return self.p is not None and self.p < LEVEL
-
-    def sentence(self) -> str:
-        """One line for a reader."""
-        spec, n = self.spec, len(self.seeds)
-        what = f"{spec.metric} of {spec.first} minus that of {spec.second} ({spec.probe} probe)"
-        if self.mean is None or self.p is None:
-            return (
-                f"comparison: {what}: waits for {len(self.waiting)} of {n} paired seeds; it is read once, at the end."
-            )
-        verdict = "established" if self.established else "not established"
-        found = f"{points(self.mean.value)} {interval(self.mean)}".rstrip()
-        return f"comparison: {what}: {found} over {n} paired seeds, sign-flip test p = {self.p:.3f}: {verdict}."
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
