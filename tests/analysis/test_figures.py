@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from blto.analysis import (
+    ExposurePath,
     alignment_uniformity,
     asr_trajectory,
     crafting_curve,
     embed,
     embedding_map,
+    exposure_map,
     metric_bars,
     residual_grid,
     residual_table,
@@ -43,6 +45,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "similarity": lambda: similarity_trajectory(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7], twin=(T, [0, 0.1, 0.1])),
     "success": lambda: asr_trajectory(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7], twin=(T, [0, 0.1, 0.1])),
     "alignment": lambda: alignment_uniformity(T, [2, 1, 0.5], [-1, -2, -3], twin=(T, [2, 1, 1], [-1, -2, -2])),
+    "exposure": lambda: exposure_map([ExposurePath("BLTO", [1, 10, 100], [0.4, 0.5, 0.6], [0, -0.1, 0.5])]),
     "crafting": lambda: crafting_curve(T, [0, 0.5, 0.1], [0, 0, 0], [0.2, 0.6, 0.2], restarts=[10]),
     "bars": bars,
     "residual": lambda: residual_grid(pictures(), pictures(1)),
@@ -75,7 +78,8 @@ def test_figures_are_readable_on_a_telephone(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(FIGURES) - {"residual"}))
 def test_every_axis_says_what_it_shows(name: str) -> None:
     figure = FIGURES[name]()
-    assert figure.axes[-1].get_xlabel()
+    lowest = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"][-1]
+    assert lowest.get_xlabel()
     assert all(axes.get_ylabel() or axes.get_title(loc="left") or axes.get_yticklabels() for axes in figure.axes)
 
 
@@ -204,3 +208,19 @@ def test_class_names_are_drawn_as_they_are_and_never_obeyed(name: str) -> None:
     assert not set(text) & {"\x00", "\x1b", "\u202e"}
     if name == "_hidden":
         assert "_hidden" in text
+
+
+def test_the_exposure_map_has_a_marker_an_attack_and_a_point_a_snapshot() -> None:
+    fine = [0.4, 0.5]
+    paths = [ExposurePath(name, [1, 10], fine, [0.2, lift]) for name, lift in (("a", 0.9), ("b", -0.3), ("a", 0.1))]
+    figure = exposure_map(paths)
+    drawn = [each for each in figure.axes[0].collections if each.get_array() is not None]
+    assert [list(np.asarray(each.get_array())) for each in drawn] == [[0.2, 0.9], [0.2, 0.0], [0.2, 0.1]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    for wrong in (
+        [],
+        [ExposurePath("a", [0, 10], fine, fine)],
+        [ExposurePath(str(i), [1, 10], fine, fine) for i in range(7)],
+    ):
+        with pytest.raises(ConfigError, match=r"exposures hold 0|attacks; give paths"):
+            exposure_map(wrong)

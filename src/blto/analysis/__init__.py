@@ -5,17 +5,20 @@ from __future__ import annotations
 from blto.analysis.bars import metric_bars
 from blto.analysis.curves import alignment_uniformity, asr_trajectory, crafting_curve, similarity_trajectory
 from blto.analysis.embedding import embed, embedding_map
+from blto.analysis.exposure import ExposurePath, exposure_map
 from blto.analysis.from_record import record_figures
 from blto.analysis.from_test_set import test_set_figures
 from blto.analysis.images import residual_grid, residual_table
 from blto.analysis.save import save_figure, svg_text
 
 __all__ = [
+    "ExposurePath",
     "alignment_uniformity",
     "asr_trajectory",
     "crafting_curve",
     "embed",
     "embedding_map",
+    "exposure_map",
     "metric_bars",
     "record_figures",
     "residual_grid",

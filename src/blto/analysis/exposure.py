@@ -1,0 +1,81 @@
+"""Where does a backdoor take? Lift over poison exposures and encoder accuracy, one path a training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import ArrayLike
+
+from blto.analysis.style import INK, MUTED, column, legend_below, new_figure, styled
+from blto.errors import ConfigError
+
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class ExposurePath:
+    """One poisoned training as it goes.
+
+    Attributes:
+        attack: its name; paths of one attack share a marker.
+        exposures: (T,) poisoned images seen so far, above 0: poison rate x images x epochs.
+        accuracy: (T,) clean accuracy of the encoder, a fraction.
+        lift: (T,) ASR minus the clean twin's ASR at the same epoch, a fraction.
+    """
+
+    attack: str
+    exposures: ArrayLike
+    accuracy: ArrayLike
+    lift: ArrayLike
+
+
+@styled
+def exposure_map(paths: Sequence[ExposurePath]) -> Figure:
+    """Every snapshot of every path as a point: where it lies, and by its colour what the poisons did until then.
+
+    Args:
+        paths: of at most six attacks.
+
+    Raises:
+        ConfigError: no path, more than six attacks, exposures of 0, lengths that differ, or a number that is not finite.
+    """
+    attacks = list(dict.fromkeys(path.attack for path in paths))
+    if not 0 < len(attacks) <= len(MARKERS):
+        raise ConfigError(f"{len(attacks)} attacks; give paths of 1 to {len(MARKERS)}.")
+    figure, [axes] = new_figure(4.4)
+    shade = Normalize(0.0, 1.0)
+    named: set[str] = set()
+    points = None
+    for path in paths:
+        x = column(path.exposures, "exposures")
+        y, lift = (column(values, name, len(x)) for values, name in ((path.accuracy, "accuracy"), (path.lift, "lift")))
+        if (x <= 0).any():
+            raise ConfigError("exposures hold 0, which a logarithmic axis cannot show; leave the start out.")
+        axes.plot(x, y, color=MUTED, linewidth=0.6, zorder=1)
+        points = axes.scatter(
+            x,
+            y,
+            c=np.clip(lift, 0.0, 1.0),
+            norm=shade,
+            cmap="viridis_r",
+            marker=MARKERS[attacks.index(path.attack)],
+            s=26,
+            edgecolors=INK,
+            linewidths=0.4,
+            zorder=2,
+            label=None if path.attack in named else path.attack,
+        )
+        named.add(path.attack)
+    assert points is not None  # there is a path
+    axes.set_xscale("log")
+    axes.set(xlabel="Poison exposures (images x epochs)", ylabel="Clean accuracy of the encoder (kNN)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bar = figure.colorbar(points, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.02)
+    bar.set_label("Lift over the clean twin (kNN)")
+    legend_below(figure, axes, columns=3)
+    return figure
