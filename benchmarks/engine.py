@@ -17,7 +17,8 @@ from lightly.utils.benchmarking import knn_predict as lightly_knn
 from torch import nn
 
 from benchmarks import peers, timing
-from blto.attacks.bilevel import OUTER_STEPS_PER_ESTIMATE, BilevelOptimisation, BilevelSpec
+from blto.attacks.bilevel import OUTER_STEPS_PER_ESTIMATE, BilevelOptimisation
+from blto.attacks.bilevel_spec import BilevelSpec
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.data import load
 from blto.data.images import ImageSet

@@ -1,16 +1,22 @@
-"""Write the tables of README.md and docs/ from the committed records. To run: python -m benchmarks.readme_table"""
+"""Write the tables of README.md and docs/, and the figures of docs/findings.md, from the committed records.
+
+To run: python -m benchmarks.readme_table
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import findings
 from blto.files import read_json, read_jsonl, write_text
 from blto.records import RunStore
 from blto.report.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "engine.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "engine.md", ROOT / "docs" / "findings.md")
+GATES = ("gate1",)
 FOREIGN_LIMIT = 0.25
 """As in `timing`, which imports torch."""
 COLUMNS = (
@@ -28,9 +34,10 @@ SUMMARY = {
 
 
 def results_table(results: Path) -> str:
-    """Every run record under `results`."""
+    """Every run that was judged on the test set; those on held-out images are in docs/findings.md."""
     stores = [folder for folder in sorted(results.iterdir()) if folder.is_dir()]
-    return markdown_table([record for store in stores for record in RunStore(store).list()]).strip()
+    records = [record for store in stores for record in RunStore(store).list()]
+    return markdown_table([record for record in records if not record.spec.get("held_out")]).strip()
 
 
 def speed_table(results: Path) -> str:
@@ -153,12 +160,18 @@ def recipe_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def gate_table(gate: str, results: Path) -> str:
+    """The cells of one gate of docs/findings.md."""
+    return findings.table(results / gate)
+
+
 TABLES = {
     "results": results_table,
     "speed": speed_table,
     "scaling": scaling_table,
     "accuracy": accuracy_table,
     "recipes": recipe_table,
+    **{gate: partial(gate_table, gate) for gate in GATES},
 }
 
 
@@ -173,5 +186,6 @@ def with_tables(page: str, results: Path) -> str:
 
 
 if __name__ == "__main__":
+    findings.draw(ROOT / "benchmarks" / "results")
     for file in PAGES:
         write_text(file, with_tables(file.read_text(), ROOT / "benchmarks" / "results"))

@@ -10,7 +10,8 @@ from typing import Any
 
 from blto.attacks import ATTACKS
 from blto.attacks.base import poison_with
-from blto.attacks.bilevel import BilevelOptimisation, BilevelSpec
+from blto.attacks.bilevel import BilevelOptimisation
+from blto.attacks.bilevel_spec import BilevelSpec
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.configuration import read_spec
 from blto.data import load

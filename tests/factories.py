@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from blto.attacks.bilevel import BilevelSpec
+from blto.attacks.bilevel_spec import BilevelSpec
 from blto.data.images import ImageSet
 from blto.pretraining.spec import OptimizerSpec, PretrainingSpec, RecipeSpec
 

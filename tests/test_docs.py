@@ -16,7 +16,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def test_the_page_of_blto_names_every_option() -> None:
-    from blto.attacks.bilevel import BilevelSpec
+    from blto.attacks.bilevel_spec import BilevelSpec
     from blto.attacks.blto import BLTO
 
     page = (ROOT / "docs/attacks/blto.md").read_text()

@@ -169,6 +169,21 @@ def test_steps_alternate_and_the_surrogate_starts_anew_each_period() -> None:
     assert rates == pytest.approx([peak, 0.75 * peak, 0.25 * peak, peak, 0.5 * peak])  # half a cosine each period
 
 
+def test_outer_steps_may_have_views_of_their_own_and_the_surrogate_keeps_its_own() -> None:
+    def similarity_and_surrogate(**changes: Any) -> tuple[float, torch.Tensor]:
+        run = optimisation(inner_steps=2, outer_steps=1, **changes)
+        while (found := run.step()) is None:
+            pass
+        return float(found.triggered), next(run.surrogate.method.encoder.parameters()).detach().clone()
+
+    default, weights = similarity_and_surrogate()
+    surrogates_own = optimisation().spec.surrogate.views
+    assert similarity_and_surrogate(outer_views=surrogates_own)[0] == default
+    milder, same_weights = similarity_and_surrogate(outer_views={"name": "simclr_cifar", "crop_scale": [0.9, 1.0]})
+    assert milder != default
+    assert torch.equal(weights, same_weights)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_outer_learning_rate_warms_up_over_a_sixth_of_the_period(frozen: bool) -> None:
     run = optimisation(rounds=4, outer_steps=3, reinitialise_every=4, frozen=frozen)

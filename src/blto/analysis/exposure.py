@@ -42,7 +42,7 @@ def exposure_map(paths: Sequence[ExposurePath]) -> Figure:
         paths: of at most six attacks.
 
     Raises:
-        ConfigError: no path, more than six attacks, exposures of 0, lengths that differ, or a number that is not finite.
+        ConfigError: no path, more than six attacks, exposures of 0, other lengths, or a number that is not finite.
     """
     attacks = list(dict.fromkeys(path.attack for path in paths))
     if not 0 < len(attacks) <= len(MARKERS):

@@ -1,4 +1,4 @@
-"""The bi-level loop of BLTO: what the paper fixes, and every choice that it leaves open as an option.
+"""The bi-level loop of BLTO.
 
 Sun et al., ICLR 2024 (arXiv 2404.07863), section 3 and Algorithm 1. Two problems alternate for N rounds:
 - inner: K steps of a surrogate victim on clean data together with the poisoned images, with its own loss and
@@ -8,19 +8,19 @@ Sun et al., ICLR 2024 (arXiv 2404.07863), section 3 and Algorithm 1. Two problem
   and views only.
 Every R rounds the surrogate starts anew, so that the trigger meets the whole trajectory of a training.
 
-This is a re-implementation from the published objective. N, K, J, R, optimisers and batch sizes are not published;
-the defaults are ours.
+This is a re-implementation from the published objective. N, K, J, R, optimisers and batch sizes are not published:
+they are options, of `bilevel_spec`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from blto.attacks.bilevel_spec import BilevelSpec
 from blto.attacks.feature_space import FeatureSpace
 from blto.attacks.objective import Aim, Similarities, similarities, whitening_basis
 from blto.data.images import ImageSet
@@ -29,7 +29,6 @@ from blto.errors import Diverged
 from blto.models.generators import use_native
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
 from blto.pretraining.loop import batch_rows, build_method
-from blto.pretraining.spec import OptimizerSpec, RecipeSpec
 from blto.pretraining.trainer import Trainer, learning_rate_factor
 from blto.runtime.distributed import require_one_process
 from blto.runtime.seeds import numpy_generator, stream_seed
@@ -38,52 +37,6 @@ OUTER_STEPS_PER_ESTIMATE = 50
 """How often within a period the whitening and the aim at a centroid follow the surrogate."""
 CLEAN_IMAGES, REFERENCE_IMAGES = 1024, 512
 """From how many views of each."""
-
-
-class BilevelSpec(BaseModel):
-    """The options of the bi-level loop.
-
-    Attributes:
-        rounds: N, alternations of inner and outer steps.
-        inner_steps: K, surrogate steps a round.
-        outer_steps: J, trigger steps a round.
-        reinitialise_every: R, rounds after which the surrogate starts anew; its schedule spans one such period.
-        warm_start_steps: surrogate steps after each (re-)initialisation before the trigger moves.
-        surrogate: method, backbone, views and optimiser of the attacker's own victim (paper: SimSiam, ResNet-18).
-        inner_poison_rate: poisoned share of the surrogate's data; None is the attack's own poison rate.
-        outer_batch_size: images x, and as many references and clean views where a step takes its own, an outer step.
-        outer_lr: peak learning rate of Adam on the trigger; in each period it rises over the first sixth of the steps,
-            without which the generator often stands still for hundreds of them, and falls to zero along half a cosine.
-        similarity: "raw" is the cosine of features, the paper's; "centred" subtracts the mean feature of clean images
-            first, since features after a ReLU all point the same way; "whitened" also evens out the variance of the
-            directions, so that the trigger aims at what sets the target class apart.
-        shrinkage: of "whitened", as in `objective.whitening_basis`.
-        target: "pairwise" pairs each x with one reference image, drawn anew in each step; "centroid" aims at the
-            references' mean direction. That belongs to the surrogate and not to a batch, so with the mean clean feature
-            it is estimated from many images every 50 outer steps (with `batch_norm` "batch" in each step).
-        feature_layer: the encoder's "features", or the projector's "embeddings" that the surrogate's loss compares.
-        batch_norm: of the surrogate in outer steps: "eval" uses its running statistics, "batch" those of the triggered,
-            reference and clean views together.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    rounds: Annotated[int, Field(ge=1)] = 4000
-    inner_steps: Annotated[int, Field(ge=1)] = 1
-    outer_steps: Annotated[int, Field(ge=1)] = 1
-    reinitialise_every: Annotated[int, Field(ge=1)] = 1000
-    warm_start_steps: Annotated[int, Field(ge=0)] = 0
-    surrogate: RecipeSpec = RecipeSpec(
-        method="simsiam", views="simsiam_cifar", batch_size=512, optimizer=OptimizerSpec(lr=0.06)
-    )
-    inner_poison_rate: Annotated[float, Field(ge=0, le=1)] | None = None
-    outer_batch_size: Annotated[int, Field(ge=2)] = 128
-    outer_lr: Annotated[float, Field(gt=0)] = 5e-3
-    similarity: Literal["raw", "centred", "whitened"] = "whitened"
-    shrinkage: Annotated[float, Field(gt=0)] = 2.0
-    target: Literal["pairwise", "centroid"] = "centroid"
-    feature_layer: Literal["features", "embeddings"] = "features"
-    batch_norm: Literal["eval", "batch"] = "eval"
 
 
 class Place(NamedTuple):
@@ -147,6 +100,7 @@ class BilevelOptimisation:
         self.surrogate_images = np.array(images.images)
         self.references = np.flatnonzero(images.labels == target_class)
         self.views = Views(spec.surrogate.views, images.image_size)
+        self.outer_views = Views(spec.outer_views or spec.surrogate.views, images.image_size)
         self.optimizer = torch.optim.Adam(trigger.parameters(), lr=spec.outer_lr)
         self.position = self.outer_steps = self.period = 0
         self.basis: Tensor | None = None
@@ -220,13 +174,15 @@ class BilevelOptimisation:
         self.trigger.train()
         images = torch.from_numpy(self.images.images[rows]).to(device).float().div_(255)
         with self.surrogate.fabric.autocast():
-            triggered = self.views.differentiable(self.trigger(images).float(), view)
+            triggered = self.outer_views.differentiable(self.trigger(images).float(), view)
         if self.aim is not None:
             found = self.aim.similarities(self.features.differentiable(triggered), self.basis)
         else:
             references = draw.choice(self.references, size, replace=len(self.references) < size)
             reference_view = self._drawn("outer views", number, references, view=1)
-            sides = (self.views.fast(self.images.images, *of) for of in ((references, reference_view), (rows, view)))
+            sides = (
+                self.outer_views.fast(self.images.images, *of) for of in ((references, reference_view), (rows, view))
+            )
             found = similarities(
                 *self.features.together(triggered, *(views.to(device) for views in sides)),
                 centred=self.spec.similarity != "raw",
@@ -248,7 +204,7 @@ class BilevelOptimisation:
 
     def _drawn(self, purpose: str, number: int, rows: Array, view: int = 0) -> ViewParameters:
         seed = stream_seed(self.seed, "trigger", purpose)
-        return self.views.draw(seed=seed, epoch=number, samples=rows, view=view)
+        return self.outer_views.draw(seed=seed, epoch=number, samples=rows, view=view)
 
     def estimate(self, number: int) -> None:
         """Take basis and aim, where the spec wants them, from the surrogate as it stands; `number` fixes the draws.
@@ -270,7 +226,7 @@ class BilevelOptimisation:
         """Features of views of `count` of the rows, or of all if there are fewer."""
         drawn = numpy_generator(self.seed, "trigger", purpose, number)
         rows = drawn.choice(rows, min(count, len(rows)), replace=False)
-        views = self.views.fast(self.images.images, rows, self._drawn(f"{purpose} views", number, rows))
+        views = self.outer_views.fast(self.images.images, rows, self._drawn(f"{purpose} views", number, rows))
         features = self.features.fixed(views.to(self.surrogate.fabric.device))
         if torch.isfinite(features).all():
             return features

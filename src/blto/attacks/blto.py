@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blto.attacks.base import Attack, Epsilon, PoisonRate, Surroundings, TargetClass, TrainedTrigger
-from blto.attacks.bilevel import BilevelSpec
+from blto.attacks.bilevel_spec import BilevelSpec
 from blto.attacks.crafting import optimise_trigger
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.data.images import ImageSet

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from blto.attacks.base import Surroundings
-from blto.attacks.bilevel import BilevelOptimisation, BilevelSpec
+from blto.attacks.bilevel import BilevelOptimisation
+from blto.attacks.bilevel_spec import BilevelSpec
 from blto.attacks.objective import Aim, Similarities
 from blto.data.images import ImageSet
 from blto.data.order import ORDER

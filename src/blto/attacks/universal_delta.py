@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from blto.attacks.base import Attack, Epsilon, PoisonRate, Surroundings, TargetClass, TrainedTrigger
-from blto.attacks.bilevel import BilevelSpec
+from blto.attacks.bilevel_spec import BilevelSpec
 from blto.attacks.crafting import optimise_trigger
 from blto.data.images import ImageSet
 from blto.poisoning import AdditiveTrigger, Budget

@@ -43,6 +43,10 @@ def _recipe(given: Any) -> ViewRecipe:
         raise ValueError(str(error).rstrip(".")) from error
 
 
+Recipe = Annotated[ViewRecipe, BeforeValidator(_recipe)]
+"""A field type: an augmentation recipe, as `_recipe` takes it."""
+
+
 class OptimizerSpec(BaseModel):
     """Optimiser and peak learning rate, for the recipe's batch size: nothing is scaled behind your back.
 
@@ -80,7 +84,7 @@ class RecipeSpec(BaseModel):
 
     method: component(METHODS) = "simclr"  # type: ignore[valid-type]  # the field's type is made from the registry
     backbone: component(BACKBONES) = "resnet18"  # type: ignore[valid-type]  # likewise
-    views: Annotated[ViewRecipe, BeforeValidator(_recipe)] = "simclr_cifar"  # type: ignore[assignment]  # a name stands for its recipe
+    views: Recipe = "simclr_cifar"  # type: ignore[assignment]  # a name stands for its recipe
     optimizer: OptimizerSpec = OptimizerSpec()
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = 256
     precision: Precision = "auto"
