@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from blto.attacks import ATTACKS
 from blto.attacks.base import Attack, Surroundings, check_target, poison_with
+from blto.attacks.bilevel_spec import learned_from
 from blto.attacks.crafting import CHECKPOINT
 from blto.data import DATASETS, load
 from blto.data.images import ImageSet, hold_out
@@ -198,7 +199,7 @@ def say_engine(what: str, recipe: RecipeSpec, images: ImageSet, environment: Env
 def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> StageFolder:
     """Learn the trigger, or find it learned. The folder has `trigger.safetensors`; its facts have the trajectory."""
     attack = build_attack(spec, data)
-    inputs = {"attack": spec.attack, "images": data.attacker.content_hash, "seed": spec.seed}
+    inputs = {"attack": learned_from(spec.attack), "images": data.attacker.content_hash, "seed": spec.seed}
     stage = environment.store.stage("craft", inputs)
     with stage.making(environment.progress.say) as needed:
         if needed:

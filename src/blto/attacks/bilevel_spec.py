@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,3 +57,17 @@ class BilevelSpec(BaseModel):
     target: Literal["pairwise", "centroid"] = "centroid"
     feature_layer: Literal["features", "embeddings"] = "features"
     batch_norm: Literal["eval", "batch"] = "eval"
+
+
+def learned_from(attack: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an attack's resolved spec its trigger depends on: triggers that agree in it are one.
+
+    A bi-level loop sees the poison rate of its surrogate's data alone. With `inner_poison_rate` given, victims of any
+    rate share one trigger.
+    """
+    bilevel = attack.get("bilevel")
+    if bilevel is None:
+        return dict(attack)
+    kept = {key: value for key, value in attack.items() if key != "poison_rate"}
+    rate = bilevel["inner_poison_rate"]
+    return {**kept, "bilevel": {**bilevel, "inner_poison_rate": attack["poison_rate"] if rate is None else rate}}

@@ -67,11 +67,11 @@ def optimise_trigger(
         device=surroundings.device,
         frozen=frozen,
     )
+    inner_rate = poison_rate if spec.inner_poison_rate is None else spec.inner_poison_rate
     inputs = [
-        spec.model_dump(mode="json"),
+        {**spec.model_dump(mode="json"), "inner_poison_rate": inner_rate},
         trigger.spec(),
         target_class,
-        poison_rate,
         seed,
         frozen,
         images.content_hash,
