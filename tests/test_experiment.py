@@ -11,6 +11,7 @@ import pytest
 
 from blto import experiment
 from blto.attacks.base import Surroundings, TrainedTrigger, poison_with
+from blto.attacks.bilevel_spec import learned_from
 from blto.attacks.untrained_generator import UntrainedGenerator
 from blto.data.images import ImageSet
 from blto.errors import ConfigError
@@ -218,6 +219,34 @@ def test_a_trigger_is_a_function_of_seed_attack_and_images(
     first, second = (parse(attacker_share=0.0, **each) for each in ({}, changes))
     one, other = (craft_stage(spec, load_data(spec, environment), environment) for spec in (first, second))
     assert (one.path != other.path) == is_new
+
+
+def attack(poison_rate: float, inner: float | None = None) -> dict[str, Any]:
+    given = TINY_EXPERIMENT["attack"]
+    return {**given, "poison_rate": poison_rate, "bilevel": {**given["bilevel"], "inner_poison_rate": inner}}
+
+
+@pytest.mark.parametrize(
+    ("other", "is_new"),
+    [
+        (attack(0.1), True),
+        (attack(0.1, inner=0.05), False),
+        (attack(0.05, inner=0.05), False),
+        (attack(0.05, inner=0.1), True),
+    ],
+)
+def test_a_learned_trigger_depends_on_the_rate_that_its_surrogate_sees(
+    other: dict[str, Any], is_new: bool, tmp_path: Path
+) -> None:
+    environment = somewhere(tmp_path)
+    first, second = (parse(attacker_share=0.0, attack=each) for each in (attack(0.05), other))
+    one, two = (craft_stage(spec, load_data(spec, environment), environment) for spec in (first, second))
+    assert (one.path != two.path) == is_new
+
+
+def test_a_fixed_trigger_keeps_its_rate() -> None:
+    fixed = {"name": "ctrl", "target_class": 1, "poison_rate": 0.05}
+    assert learned_from(fixed) == fixed
 
 
 def test_a_trigger_of_other_images_is_learned_anew(tmp_path: Path) -> None:
