@@ -87,7 +87,7 @@ def draw_curves(gate: Path) -> None:
         if None in columns["asr"]:
             continue
         twin = [[entry[key] for entry in record.trajectory_clean_twin] for key in ("epoch", "asr")]
-        figure = asr_trajectory(*columns.values(), twin=(twin[0], twin[1]))  # type: ignore[arg-type]
+        figure = asr_trajectory(*columns.values(), twin=(twin[0], twin[1]))
         save_figure(figure, FIGURES / f"{gate.name}_{name}", {**columns, "asr_clean_twin": twin[1]})
 
 
@@ -99,7 +99,7 @@ def draw_map(gates: Sequence[Path]) -> None:
         return
     columns: dict[str, list[Any]] = {key: [] for key in ("run", "attack", "exposures", "accuracy", "lift")}
     for run, path in known:
-        for point in zip(path.exposures, path.accuracy, path.lift, strict=True):  # type: ignore[arg-type]
+        for point in zip(path.exposures, path.accuracy, path.lift, strict=True):
             for key, value in zip(columns, (run, path.attack, *point), strict=True):
                 columns[key].append(value)
     save_figure(exposure_map([path for _, path in known]), FIGURES / "exposure_map", columns)

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from numpy.typing import ArrayLike
 
 from blto.analysis.style import INK, MUTED, column, legend_below, new_figure, styled
 from blto.errors import ConfigError
@@ -23,15 +22,15 @@ class ExposurePath:
 
     Attributes:
         attack: its name; paths of one attack share a marker.
-        exposures: (T,) poisoned images seen so far, above 0: poison rate x images x epochs.
-        accuracy: (T,) clean accuracy of the encoder, a fraction.
-        lift: (T,) ASR minus the clean twin's ASR at the same epoch, a fraction.
+        exposures: T numbers, poisoned images seen so far, above 0: poison rate x images x epochs.
+        accuracy: T fractions, clean accuracy of the encoder.
+        lift: T fractions, ASR minus the clean twin's ASR at the same epoch.
     """
 
     attack: str
-    exposures: ArrayLike
-    accuracy: ArrayLike
-    lift: ArrayLike
+    exposures: Sequence[float]
+    accuracy: Sequence[float]
+    lift: Sequence[float]
 
 
 @styled
