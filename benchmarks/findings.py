@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from blto.analysis import ExposurePath, asr_trajectory, exposure_map, save_figure
-from blto.files import read_json
+from blto.analysis import ExposurePath, exposure_map, record_figures, save_figure
+from blto.evaluation import PROBES
+from blto.files import read_json, read_jsonl
 from blto.records import RunRecord, load_record
 from blto.report.wording import MISSING, comparison, lookup, percent, points, with_interval
 
@@ -19,7 +20,7 @@ LAST = 5
 """Snapshots at the end of a training whose ASR is averaged: a single one is a matter of luck."""
 COLUMNS = (
     *("Cell", "Seed", "ASR (linear)", "Clean twin", "Lift", "ASR (kNN)", "Clean twin", "Lift"),
-    *("Clean accuracy", "Twin", f"kNN ASR, last {LAST}"),
+    *("Clean accuracy", "Twin", f"ASR (linear), last {LAST}"),
 )
 Cell = tuple[str, RunRecord]
 
@@ -42,6 +43,34 @@ def table(gate: Path) -> str:
     return "\n".join(lines + (["", f"**{comparison(read_json(declared))}**"] if declared.exists() else []))
 
 
+def levers_table(file: Path) -> str:
+    """A row a lever of `benchmarks.levers`: how near its trigger came, and what it wins, there and elsewhere."""
+    if not file.exists():
+        return "Not run yet."
+    columns = (
+        "Lever",
+        "Similarity, target's",
+        "ASR (linear / kNN)",
+        "in views",
+        "on the other encoder",
+        "Core-seconds",
+    )
+    lines = [f"| {' | '.join(columns)} |", f"| --- | {' | '.join('---:' for _ in columns[1:])} |"]
+    for line in read_jsonl(file):
+        own, *others = (line["asr"][encoder] for encoder in line["encoders"])
+        near = line["similarity"]
+        cells = [
+            line["name"],
+            f"{near['triggered']:.2f}, {near['target']:.2f}",
+            f"{own['linear']:.1f}% / {own['knn']:.1f}%",
+            f"{own['linear, views']:.1f}% / {own['knn, views']:.1f}%",
+            "; ".join(f"{other['linear']:.1f}% / {other['knn']:.1f}%" for other in others),
+            f"{line['core_seconds']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def row(name: str, record: RunRecord) -> list[str]:
     """One cell of a table."""
     values: list[str] = []
@@ -50,7 +79,7 @@ def row(name: str, record: RunRecord) -> list[str]:
         values += [with_interval(record.metric(of, probe)) for of in ("asr", "asr_clean_twin")]
         values.append(with_interval(lift).replace("%", "", 1) if lift else MISSING)
     accuracy = [record.metric(of) for of in ("clean_accuracy", "clean_accuracy_clean_twin")]
-    tail = [entry["asr"] for entry in record.trajectory[-LAST:] if "asr" in entry]
+    tail = [entry["linear_asr"] for entry in record.trajectory[-LAST:] if "linear_asr" in entry]
     spread = f"{percent(mean(tail))} (sd {points(stdev(tail)).lstrip('+')})" if len(tail) > 1 else MISSING
     return [name, str(record.spec["seed"]), *values, *(percent(of.value if of else None) for of in accuracy), spread]
 
@@ -61,18 +90,19 @@ def described(found: Sequence[Cell]) -> str:
     return "; ".join(f"{n:,} held-out training images" if n else "the test set" for n in sorted(held_out)) + "."
 
 
-def path_of(record: RunRecord) -> ExposurePath | None:
-    """A training as a path over exposures; None where its record holds no ASR."""
-    twin = {entry["epoch"]: entry.get("asr") for entry in record.trajectory_clean_twin}
+def path_of(record: RunRecord, probe: str = "knn") -> ExposurePath | None:
+    """A training as a path over exposures; None where its record holds no ASR over training."""
+    asr, accuracy = f"{probe}_asr", f"{probe}_clean_accuracy"
+    twin = {entry["epoch"]: entry.get(asr) for entry in record.trajectory_clean_twin}
     entries = [entry for entry in record.trajectory if entry["epoch"] > 0 and twin.get(entry["epoch"]) is not None]
-    if not entries or "asr" not in entries[0]:
+    if not entries or asr not in entries[0]:
         return None
     poisons = record.provenance["poison"]["images"]
     return ExposurePath(
         NAMES.get(record.spec["attack"]["name"], record.spec["attack"]["name"]),
         [poisons * entry["epoch"] for entry in entries],
-        [entry["clean_accuracy"] for entry in entries],
-        [entry["asr"] - twin[entry["epoch"]] for entry in entries],
+        [entry[accuracy] for entry in entries],
+        [entry[asr] - twin[entry["epoch"]] for entry in entries],
     )
 
 
@@ -80,20 +110,13 @@ def draw_curves(gate: Path) -> None:
     """ASR against epoch of every cell's first seed."""
     for name, group in groupby(cells(gate), key=lambda cell: cell[0]):
         _, record = next(group)
-        columns: dict[str, list[Any]] = {
-            key: [entry.get(key) for entry in record.trajectory]
-            for key in ("epoch", "asr", "untriggered_rate", "clean_accuracy")
-        }
-        if None in columns["asr"]:
-            continue
-        twin = [[entry[key] for entry in record.trajectory_clean_twin] for key in ("epoch", "asr")]
-        figure = asr_trajectory(*columns.values(), twin=(twin[0], twin[1]))
-        save_figure(figure, FIGURES / f"{gate.name}_{name}", {**columns, "asr_clean_twin": twin[1]})
+        if (drawn := record_figures(record).get("asr_trajectory")) is not None:
+            save_figure(drawn[0], FIGURES / f"{gate.name}_{name}", drawn[1])
 
 
-def draw_map(gates: Sequence[Path]) -> None:
-    """The main figure: every training of every gate."""
-    runs = [(name, record, path_of(record)) for gate in gates for name, record in cells(gate)]
+def draw_map(gates: Sequence[Path], probe: str) -> None:
+    """The main figure: every training of every gate, by one probe."""
+    runs = [(name, record, path_of(record, probe)) for gate in gates for name, record in cells(gate)]
     known = [(f"{name}-s{record.spec['seed']}", path) for name, record, path in runs if path is not None]
     if not known:
         return
@@ -102,7 +125,7 @@ def draw_map(gates: Sequence[Path]) -> None:
         for point in zip(path.exposures, path.accuracy, path.lift, strict=True):
             for key, value in zip(columns, (run, path.attack, *point), strict=True):
                 columns[key].append(value)
-    save_figure(exposure_map([path for _, path in known]), FIGURES / "exposure_map", columns)
+    save_figure(exposure_map([path for _, path in known], probe), FIGURES / f"exposure_map_{probe}", columns)
 
 
 def draw(results: Path) -> None:
@@ -110,4 +133,5 @@ def draw(results: Path) -> None:
     gates = sorted(results.glob("gate*"))
     for gate in gates:
         draw_curves(gate)
-    draw_map(gates)
+    for probe in PROBES:
+        draw_map(gates, probe)

@@ -16,7 +16,7 @@ from blto.report.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "engine.md", ROOT / "docs" / "findings.md")
-GATES = ("gate1",)
+GATES = ("gate1", "gate4", "gate5")
 FOREIGN_LIMIT = 0.25
 """As in `timing`, which imports torch."""
 COLUMNS = (
@@ -171,6 +171,7 @@ TABLES = {
     "scaling": scaling_table,
     "accuracy": accuracy_table,
     "recipes": recipe_table,
+    "levers": lambda results: findings.levers_table(results / "levers.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},
 }
 

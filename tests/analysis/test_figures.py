@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from blto.analysis import (
     ExposurePath,
+    Success,
     alignment_uniformity,
     asr_trajectory,
     crafting_curve,
@@ -43,9 +44,14 @@ def bars(**changes: Any) -> Figure:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "similarity": lambda: similarity_trajectory(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7], twin=(T, [0, 0.1, 0.1])),
-    "success": lambda: asr_trajectory(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7], twin=(T, [0, 0.1, 0.1])),
+    "success": lambda: asr_trajectory(
+        {
+            "linear": (Success(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7]), Success(T, [0, 0.1, 0.1])),
+            "knn": (Success(T, [0, 0.4, 0.7], [0, 0, 0], [0.2, 0.6, 0.7]), None),
+        }
+    ),
     "alignment": lambda: alignment_uniformity(T, [2, 1, 0.5], [-1, -2, -3], twin=(T, [2, 1, 1], [-1, -2, -2])),
-    "exposure": lambda: exposure_map([ExposurePath("BLTO", [1, 10, 100], [0.4, 0.5, 0.6], [0, -0.1, 0.5])]),
+    "exposure": lambda: exposure_map([ExposurePath("BLTO", [1, 10, 100], [0.4, 0.5, 0.6], [0, -0.1, 0.5])], "knn"),
     "crafting": lambda: crafting_curve(T, [0, 0.5, 0.1], [0, 0, 0], [0.2, 0.6, 0.2], restarts=[10]),
     "bars": bars,
     "residual": lambda: residual_grid(pictures(), pictures(1)),
@@ -213,7 +219,7 @@ def test_class_names_are_drawn_as_they_are_and_never_obeyed(name: str) -> None:
 def test_the_exposure_map_has_a_marker_an_attack_and_a_point_a_snapshot() -> None:
     fine = [0.4, 0.5]
     paths = [ExposurePath(name, [1, 10], fine, [0.2, lift]) for name, lift in (("a", 0.9), ("b", -0.3), ("a", 0.1))]
-    figure = exposure_map(paths)
+    figure = exposure_map(paths, "knn")
     drawn = [each for each in figure.axes[0].collections if each.get_array() is not None]
     assert [list(np.asarray(each.get_array())) for each in drawn] == [[0.2, 0.9], [0.2, 0.0], [0.2, 0.1]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
@@ -223,4 +229,4 @@ def test_the_exposure_map_has_a_marker_an_attack_and_a_point_a_snapshot() -> Non
         [ExposurePath(str(i), [1, 10], fine, fine) for i in range(7)],
     ):
         with pytest.raises(ConfigError, match=r"exposures hold 0|attacks; give paths"):
-            exposure_map(wrong)
+            exposure_map(wrong, "knn")

@@ -23,7 +23,13 @@ ROWS: list[dict[str, Any]] = [
     for e in (0, 10, 20)
 ]
 JUDGED: list[dict[str, Any]] = [
-    {**row, "asr": 0.1 + row["epoch"] / 40, "untriggered_rate": 0.05, "clean_accuracy": 0.7} for row in ROWS
+    {
+        **row,
+        "linear_asr": 0.1 + row["epoch"] / 40,
+        "knn_asr": 0.2,
+        **{f"{probe}_{name}": 0.7 for probe in ("linear", "knn") for name in ("untriggered_rate", "clean_accuracy")},
+    }
+    for row in ROWS
 ]
 CRAFTING: list[dict[str, Any]] = [
     {"step": r, "period": r // 20, "trigger": 0.2, "clean": 0.0, "target": 0.5} for r in (10, 20, 30, 40)
@@ -63,11 +69,18 @@ def test_the_csv_holds_the_plotted_points(tmp_path: Path) -> None:
     assert columns["target"] == ["0.7", "0.7", "0.7", "", ""]
 
 
-def test_success_over_training_shows_both_encoders_and_needs_every_epoch_judged() -> None:
+def test_success_over_training_has_a_panel_a_probe_that_judged_every_epoch() -> None:
     figure, data = record_figures(record(trajectory=JUDGED, trajectory_clean_twin=JUDGED[:2]))["asr_trajectory"]
-    assert lines(figure, "ASR, poisoned") == [(0.0, 0.1), (10.0, 0.35), (20.0, 0.6)]
-    assert lines(figure, "ASR, clean twin") == [(0.0, 0.1), (10.0, 0.35)]
-    assert data["clean_accuracy"] == [0.7, 0.7, 0.7, None, None]
+    linear, knn = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["linear probe", "knn probe"]
+    shown = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in linear.get_lines()}
+    assert shown["ASR, poisoned"] == [0.1, 0.35, 0.6]
+    assert shown["ASR, clean twin"] == [0.1, 0.35]
+    assert len(knn.get_lines()) == len(linear.get_lines())
+    assert data["linear_asr"] == [0.1, 0.35, 0.6, 0.1, 0.35]
+    assert data["knn_clean_accuracy"] == [0.7, 0.7, 0.7, None, None]
+    without = [{key: value for key, value in row.items() if key != "knn_asr"} for row in JUDGED]
+    assert len(record_figures(record(trajectory=[*JUDGED[:2], without[2]]))["asr_trajectory"][0].axes) == 1
     assert "asr_trajectory" not in record_figures(record(trajectory=[*JUDGED[:2], ROWS[2]]))
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from blto.data.views import RECIPES, Views
-from blto.evaluation import Follower, backdoor_metrics, extract, knn_predict
+from blto.evaluation import Follower, backdoor_metrics, extract, fit_probe
 from blto.models.encoder import build_encoder
 from tests.factories import TINY_BACKBONE, random_images
 
@@ -22,7 +21,7 @@ def test_a_follower_restores_the_mode_and_reads_no_effect_from_no_trigger() -> N
     assert row["trigger"] == pytest.approx(row["clean"], abs=1e-6)
 
 
-def test_a_follower_judges_by_knn_with_the_definitions_of_the_metrics() -> None:
+def test_a_follower_judges_by_both_probes_with_the_definitions_of_the_metrics() -> None:
     train, test = random_images(400), random_images(300, seed=1)
     assert test.labels is not None
     target = train.images[np.flatnonzero(train.labels == 1)[0]]
@@ -30,17 +29,18 @@ def test_a_follower_judges_by_knn_with_the_definitions_of_the_metrics() -> None:
     follow = Follower(train, test, triggered, 1, Views(RECIPES["simclr_cifar"], test.image_size))
     encoder = build_encoder(TINY_BACKBONE, seed=0, image_size=test.image_size)
     row = follow(encoder)
-    bank, clean, changed = (extract(encoder, images).vectors for images in (train.images, test.images, triggered))
-    answer = [
-        knn_predict(bank, torch.from_numpy(train.labels), of, num_classes=train.num_classes) for of in (clean, changed)
-    ]
-    expected = backdoor_metrics(
-        labels=test.labels,
-        target_class=1,
-        clean_predictions=answer[0],
-        triggered_predictions=answer[1],
-        twin_triggered_predictions=answer[1],
-    )
-    assert row["asr"] in (0.0, 1.0)  # one image, one answer
-    for name in ("asr", "untriggered_rate", "clean_accuracy"):
-        assert row[name] == expected[name].value
+    bank = extract(encoder, train.images, train.labels)
+    clean, changed = (extract(encoder, images).vectors for images in (test.images, triggered))
+    for probe in ("linear", "knn"):
+        predict = fit_probe(probe, bank, train.num_classes)
+        hits = predict(changed)
+        expected = backdoor_metrics(
+            labels=test.labels,
+            target_class=1,
+            clean_predictions=predict(clean),
+            triggered_predictions=hits,
+            twin_triggered_predictions=hits,
+        )
+        assert row[f"{probe}_asr"] in (0.0, 1.0)  # one image, one answer
+        for name in ("asr", "untriggered_rate", "clean_accuracy"):
+            assert row[f"{probe}_{name}"] == pytest.approx(expected[name].value, abs=0.01)

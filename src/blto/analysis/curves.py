@@ -6,7 +6,8 @@ resembles every other after a ReLU and pooling, and a curve shows nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from blto.analysis.style import CLEAN, MUTED, TARGET, TRIGGERED, TWIN, column, legend_below, new_figure, styled
+from blto.errors import ConfigError
 
 SIMILARITY = "Cosine similarity to target class"
 
@@ -51,35 +53,46 @@ def similarity_trajectory(
     return figure
 
 
+class Success(NamedTuple):
+    """What one probe says of one encoder over its training: fractions (T,), of a clean twin the first two."""
+
+    epochs: ArrayLike
+    asr: ArrayLike
+    untriggered: ArrayLike = ()
+    accuracy: ArrayLike = ()
+
+
 @styled
-def asr_trajectory(
-    epochs: ArrayLike, asr: ArrayLike, untriggered: ArrayLike, accuracy: ArrayLike, *, twin: Twin | None = None
-) -> Figure:
+def asr_trajectory(probes: Mapping[str, tuple[Success, Success | None]]) -> Figure:
     """Attack success over the victim's training, beside what triggered images do to an encoder that saw no poison.
 
     Args:
-        epochs: (T,) victim epochs at which the rest was measured.
-        asr: (T,) share of triggered images of other classes that are taken for the target class.
-        untriggered: (T,) the same share without the trigger.
-        accuracy: (T,) clean accuracy of the poisoned encoder.
-        twin: (epochs, asr) of the clean twin.
+        probes: a panel each: a probe's name -> what it says of the poisoned encoder (the ASR, the rate at which images
+            of other classes go to the target class without the trigger, clean accuracy) and of the twin (the ASR).
 
     Raises:
-        ConfigError: an argument is not a row of finite numbers, or the lengths differ.
+        ConfigError: no probe, a value that is not finite, or lengths that differ.
     """
-    x = column(epochs, "epochs")
-    figure, [axes] = new_figure(3.3)
-    axes.plot(x, column(accuracy, "accuracy", len(x)), color=TARGET, linestyle="--", label="clean accuracy, poisoned")
-    axes.plot(x, column(asr, "asr", len(x)), color=TRIGGERED, marker="o", label="ASR, poisoned")
-    if twin is not None:
-        twin_x = column(twin[0], "twin epochs")
-        twin_y = column(twin[1], "twin asr", len(twin_x))
-        axes.plot(twin_x, twin_y, color=TWIN, marker="s", markerfacecolor="none", label="ASR, clean twin")
-    axes.plot(x, column(untriggered, "untriggered", len(x)), color=CLEAN, linestyle=":", label="no trigger, poisoned")
-    axes.set(xlabel="Victim training (epochs)", ylabel="Share of images", ylim=(0, 1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _whole_numbers(axes)
-    legend_below(figure, axes)
+    if not probes:
+        raise ConfigError("no probe to show; give at least one.")
+    figure, panels = new_figure(1.1 + 2.2 * len(probes), rows=len(probes))
+    for axes, (name, (poisoned, twin)) in zip(panels, probes.items(), strict=True):
+        x = column(poisoned.epochs, "epochs")
+        accuracy, asr, untriggered = (
+            column(getattr(poisoned, name), name, len(x)) for name in ("accuracy", "asr", "untriggered")
+        )
+        axes.plot(x, accuracy, color=TARGET, linestyle="--", label="clean accuracy, poisoned")
+        axes.plot(x, asr, color=TRIGGERED, marker="o", label="ASR, poisoned")
+        if twin is not None:
+            twin_x = column(twin.epochs, "twin epochs")
+            twin_y = column(twin.asr, "twin asr", len(twin_x))
+            axes.plot(twin_x, twin_y, color=TWIN, marker="s", markerfacecolor="none", label="ASR, clean twin")
+        axes.plot(x, untriggered, color=CLEAN, linestyle=":", label="no trigger, poisoned")
+        axes.set(ylim=(0, 1), title=f"{name} probe")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panels[-1].set_xlabel("Victim training (epochs)")
+    _whole_numbers(panels[-1])
+    legend_below(figure, panels[0])
     return figure
 
 

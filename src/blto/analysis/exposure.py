@@ -34,11 +34,12 @@ class ExposurePath:
 
 
 @styled
-def exposure_map(paths: Sequence[ExposurePath]) -> Figure:
+def exposure_map(paths: Sequence[ExposurePath], probe: str) -> Figure:
     """Every snapshot of every path as a point: where it lies, and by its colour what the poisons did until then.
 
     Args:
         paths: of at most six attacks.
+        probe: what measured accuracy and lift, for the labels.
 
     Raises:
         ConfigError: no path, more than six attacks, exposures of 0, other lengths, or a number that is not finite.
@@ -72,9 +73,9 @@ def exposure_map(paths: Sequence[ExposurePath]) -> Figure:
         named.add(path.attack)
     assert points is not None  # there is a path
     axes.set_xscale("log")
-    axes.set(xlabel="Poison exposures (images x epochs)", ylabel="Clean accuracy of the encoder (kNN)")
+    axes.set(xlabel="Poison exposures (images x epochs)", ylabel=f"Clean accuracy of the encoder ({probe})")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bar = figure.colorbar(points, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.02)
-    bar.set_label("Lift over the clean twin (kNN)")
+    bar.set_label(f"Lift over the clean twin ({probe})")
     legend_below(figure, axes, columns=3)
     return figure

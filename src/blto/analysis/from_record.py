@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from blto.analysis.bars import metric_bars
-from blto.analysis.curves import alignment_uniformity, asr_trajectory, crafting_curve, similarity_trajectory
+from blto.analysis.curves import Success, alignment_uniformity, asr_trajectory, crafting_curve, similarity_trajectory
 from blto.records import Metric, RunRecord
 
 Columns = dict[str, list[Any]]
@@ -23,8 +23,8 @@ def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
 
     Entries of `trajectory` and `trajectory_clean_twin` are read under "epoch", "alignment", "uniformity" and the
     similarities to the target class of triggered, clean and target-class images: "trigger", "clean" and "target"; and
-    a kNN probe's "asr", "untriggered_rate" and "clean_accuracy", which older records lack. Those of `crafting` are read
-    under "step", the same three similarities, and "period", which changes when the surrogate starts anew.
+    each probe's "linear_asr", "linear_untriggered_rate" and "linear_clean_accuracy", which older records lack. Those of
+    `crafting` are read under "step", the similarities, and "period", which changes when the surrogate starts anew.
     """
     makers: dict[str, Callable[[RunRecord], tuple[Figure, Columns] | None]] = {
         "asr_trajectory": _success,
@@ -38,12 +38,17 @@ def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
 
 
 def _success(record: RunRecord) -> tuple[Figure, Columns] | None:
-    poisoned = _columns(record.trajectory, "epoch", "asr", "untriggered_rate", "clean_accuracy")
-    if poisoned is None:
-        return None
-    twin = _columns(record.trajectory_clean_twin, "epoch", "asr")
-    figure = asr_trajectory(*poisoned.values(), twin=tuple(twin.values()) if twin else None)  # type: ignore[arg-type]
-    return figure, _stacked(poisoned, twin)
+    panels: dict[str, tuple[Success, Success | None]] = {}
+    data: Columns = {}
+    for probe in record.metrics:
+        names = [f"{probe}_{name}" for name in ("asr", "untriggered_rate", "clean_accuracy")]
+        poisoned = _columns(record.trajectory, "epoch", *names)
+        if poisoned is None:
+            continue
+        twin = _columns(record.trajectory_clean_twin, "epoch", names[0])
+        panels[probe] = Success(*poisoned.values()), Success(*twin.values()) if twin else None
+        data |= _stacked(poisoned, twin)
+    return (asr_trajectory(panels), data) if panels else None
 
 
 def _similarity(record: RunRecord) -> tuple[Figure, Columns] | None:

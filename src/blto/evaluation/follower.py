@@ -15,14 +15,14 @@ from blto.data.views import Views
 from blto.evaluation.features import device_of, evaluating, extract
 from blto.evaluation.geometry import alignment, similarity, uniformity
 from blto.evaluation.metrics import backdoor_metrics
-from blto.evaluation.probes import knn_predict
+from blto.evaluation.probes import PROBES, fit_probe
 from blto.runtime.seeds import numpy_generator
 
 Images = npt.NDArray[np.uint8]
 FOLLOWED = 512
 """Images of each kind whose place is followed: enough for a curve, cheap enough for every snapshot."""
 JUDGED, BANK = 2_048, 10_000
-"""Test images that the kNN probe judges, and training images that vote, at most: both drawn once, of all classes."""
+"""Test images that the probes judge, and training images that they are fitted on, at most; drawn once."""
 JUDGED_METRICS = ("asr", "untriggered_rate", "clean_accuracy")
 
 
@@ -53,13 +53,16 @@ class Follower:
             numpy_generator(0, "select", "followed", part).permutation(len(images))[:count]
             for part, images, count in (("bank", train, BANK), ("judged", test, JUDGED))
         )
-        self._target_class, self._num_classes = target_class, train.num_classes
-        self._labels, self._bank_labels = test.labels[judged], torch.from_numpy(train.labels[bank])
-        self._judged = {"bank": train.images[bank], "clean": test.images[judged], "triggered": triggered[judged]}
+        self._target_class = target_class
+        self._bank, self._test, self._triggered = train.subset(bank), test.subset(judged), triggered[judged]
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """One row: centred similarity to the target of triggered, clean and target images ("trigger", "clean",
-        "target"); "alignment"; "uniformity"; and `JUDGED_METRICS` of a kNN probe, as `metrics` defines them.
+        "target"); "alignment"; "uniformity"; and `JUDGED_METRICS` of each probe, as `metrics` defines them, each with
+        the probe's name in front ("linear_asr").
+
+        Raises:
+            Diverged: a feature is not finite, or the linear probe does not converge.
         """
         found = {name: extract(encoder, images).vectors for name, images in self._sets.items()}
         row: dict[str, float] = {}
@@ -72,23 +75,26 @@ class Follower:
         return row | self._judgement(encoder)
 
     def _judgement(self, encoder: nn.Module) -> dict[str, float]:
-        """Accuracy, ASR and untriggered rate by kNN; none where chance drew no test image of another class."""
-        if (self._labels == self._target_class).all():
+        """`JUDGED_METRICS` of each probe; none where chance drew no test image of another class."""
+        assert self._test.labels is not None
+        if (self._test.labels == self._target_class).all():
             return {}
-        found = {name: extract(encoder, images).vectors for name, images in self._judged.items()}
-        clean, triggered = (
-            knn_predict(found["bank"], self._bank_labels, found[name], num_classes=self._num_classes)
-            for name in ("clean", "triggered")
-        )
-        metrics = backdoor_metrics(
-            labels=self._labels,
-            target_class=self._target_class,
-            clean_predictions=clean,
-            triggered_predictions=triggered,
-            twin_triggered_predictions=triggered,  # this encoder may be the twin; the lift is read by no one
-            num_classes=self._num_classes,
-        )
-        return {name: value for name in JUDGED_METRICS if (value := metrics[name].value) is not None}
+        bank = extract(encoder, self._bank.images, self._bank.labels)
+        clean, triggered = (extract(encoder, images).vectors for images in (self._test.images, self._triggered))
+        row: dict[str, float] = {}
+        for probe in PROBES:
+            predict = fit_probe(probe, bank, self._bank.num_classes)
+            hits = predict(triggered)
+            metrics = backdoor_metrics(
+                labels=self._test.labels,
+                target_class=self._target_class,
+                clean_predictions=predict(clean),
+                triggered_predictions=hits,
+                twin_triggered_predictions=hits,  # this encoder may be the twin; the lift is read by no one
+                num_classes=self._bank.num_classes,
+            )
+            row |= {f"{probe}_{name}": value for name in JUDGED_METRICS if (value := metrics[name].value) is not None}
+        return row
 
 
 def _float(features: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from blto.report.wording import lookup
 FIGURES: dict[str, tuple[str, str]] = {
     "asr_trajectory": (
         "Attack success over training",
-        "A kNN probe on a part of the test images at every snapshot: one epoch alone may mislead. The gap between "
-        "poisoned encoder and clean twin is what the poisons did.",
+        "Each probe on a part of the test images at every snapshot: one epoch, or one probe, alone may mislead. The "
+        "gap between poisoned encoder and clean twin is what the poisons did.",
     ),
     "similarity_trajectory": (
         "Similarity over training",
