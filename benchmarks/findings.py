@@ -11,7 +11,7 @@ from typing import Any
 from blto.analysis import ExposurePath, exposure_map, record_figures, save_figure
 from blto.evaluation import PROBES
 from blto.files import read_json, read_jsonl
-from blto.records import RunRecord, load_record
+from blto.records import Metric, RunRecord, load_record
 from blto.report.wording import MISSING, comparison, lookup, percent, points, with_interval
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
@@ -41,6 +41,26 @@ def table(gate: Path) -> str:
     lines += ["", f"{described(found)} Intervals: 95% over test images, of one seed each."]
     declared = gate / "comparison.json"
     return "\n".join(lines + (["", f"**{comparison(read_json(declared))}**"] if declared.exists() else []))
+
+
+def checks_table(folder: Path) -> str:
+    """A row for each encoder in each `blto craft --check`, with what is left of the ASR after JPEG and resizing."""
+    columns = ("Trigger", "Encoder", "Similarity, target's", "ASR (linear)", "ASR (kNN)", "Untriggered", "After edits")
+    lines = [f"| {' | '.join(columns)} |", f"| --- | --- | {' | '.join('---:' for _ in columns[2:])} |"]
+    for file in sorted(folder.glob("*.check.json")):
+        for encoder in read_json(file)["encoders"]:
+            plain, *edits = encoder["edits"]
+            near, metrics = plain["similarity"], plain["metrics"]
+            cells = [
+                file.name.removesuffix(".check.json").replace("_", " "),
+                encoder["name"],
+                f"{near['triggered']:.2f}, {near['target']:.2f}",
+                *(with_interval(Metric(**metrics[probe]["asr"])) for probe in ("linear", "knn")),
+                " / ".join(percent(metrics[probe]["untriggered_rate"]["value"]) for probe in ("linear", "knn")),
+                ", ".join(f"{edit['name']}: {percent(edit['metrics']['linear']['asr']['value'])}" for edit in edits),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def levers_table(file: Path) -> str:

@@ -171,6 +171,7 @@ TABLES = {
     "scaling": scaling_table,
     "accuracy": accuracy_table,
     "recipes": recipe_table,
+    "gate2": lambda results: findings.checks_table(results / "gate2"),
     "levers": lambda results: findings.levers_table(results / "levers.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},
 }

@@ -19,7 +19,7 @@ from blto.cli import main
 from blto.doctor import BANK, check_file, split, surrogate_recipe
 from blto.errors import ConfigError, InputRefused
 from blto.experiment import ExperimentSpec
-from blto.files import read_json
+from blto.files import read_json, sha256_file
 from blto.files.yaml import dump_yaml
 from blto.models.checkpoints import load_encoder
 from blto.poisoning import AdditiveTrigger, Budget, FrequencyTrigger, save_trigger
@@ -125,7 +125,9 @@ def test_given_encoders_are_asked_instead_of_a_new_one(store: Path, trigger: Pat
     assert len(trainings(tmp_path)) == 1, "the stand-in for the surrogate, which is not beside this copy of the trigger"
     assert [encoder["name"] for encoder in found["encoders"]] == ["surrogate", "unseen 1", "unseen 2"]
     assert found["encoders"][0]["origin"].startswith("a stand-in, since none was kept: its recipe")
-    assert [encoder["origin"] for encoder in found["encoders"][1:]] == [str(twin) for twin in twins]
+    assert [encoder["origin"] for encoder in found["encoders"][1:]] == [
+        f"{twin.name} ({sha256_file(twin)[:12]})" for twin in twins
+    ]
     assert "on unseen 1, " in found["gates"]["gate 3 (transfer)"]["finding"]
 
 

@@ -21,7 +21,7 @@ from blto.errors import ConfigError
 from blto.evaluation import PROBES
 from blto.evaluation.doctor import ENOUGH, UNEDITED, Reaction, reach, react, works
 from blto.experiment import Data, Environment, ExperimentSpec, build_attack, pretrain_stage
-from blto.files import write_json
+from blto.files import sha256_file, show, write_json
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder
 from blto.outcome import ENCODER
@@ -41,7 +41,7 @@ UNSEEN_SEED = 1
 
 
 def prepared(files: Iterable[str | os.PathLike[str]], count: int) -> dict[str, Encoder]:
-    """The clean encoders of these files, by name; what is wrong with them or with `count` shows before all else.
+    """The clean encoders of these files, by name and hash; what is wrong with them or with `count` shows first.
 
     Raises:
         ConfigError: a count below 1.
@@ -49,7 +49,8 @@ def prepared(files: Iterable[str | os.PathLike[str]], count: int) -> dict[str, E
     """
     if count < 1:
         raise ConfigError(f"count is {count}; give the number of images to measure on, at least 1.")
-    return {os.fspath(file): load_encoder(Path(file)) for file in files}
+    loaded = [(path, load_encoder(path)) for path in map(Path, files)]
+    return {f"{show(path.name)} ({sha256_file(path)[:12]})": encoder for path, encoder in loaded}
 
 
 class Split(NamedTuple):
