@@ -31,14 +31,23 @@ def cells(gate: Path) -> list[Cell]:
     return sorted(found, key=lambda cell: (cell[0], cell[1].spec["seed"]))
 
 
+def header(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a table: one column of names, the others of numbers."""
+    return [f"| {' | '.join(columns)} |", f"| --- | {' | '.join('---:' for _ in columns[1:])} |"]
+
+
 def table(gate: Path) -> str:
     """A row a cell, and the declared comparison where it is complete."""
     found = cells(gate)
     if not found:
         return "Not run yet."
-    lines = [f"| {' | '.join(COLUMNS)} |", f"| --- | {' | '.join('---:' for _ in COLUMNS[1:])} |"]
+    lines = header(COLUMNS)
     lines += [f"| {' | '.join(row(*cell))} |" for cell in found]
-    lines += ["", f"{described(found)} Intervals: 95% over test images, of one seed each."]
+    lines += [
+        "",
+        f"{described(found)} Intervals: 95% over these images, of one seed each. The last column: mean and standard",
+        f"deviation over the last {LAST} snapshots, by a probe fitted on 10,000 images and asked on 2,048.",
+    ]
     declared = gate / "comparison.json"
     return "\n".join(lines + (["", f"**{comparison(read_json(declared))}**"] if declared.exists() else []))
 
@@ -46,12 +55,12 @@ def table(gate: Path) -> str:
 def checks_table(folder: Path) -> str:
     """A row for each encoder in each `blto craft --check`, with what is left of the ASR after JPEG and resizing."""
     columns = ("Trigger", "Encoder", "Similarity, target's", "ASR (linear)", "ASR (kNN)", "Untriggered", "After edits")
-    lines = [f"| {' | '.join(columns)} |", f"| --- | --- | {' | '.join('---:' for _ in columns[2:])} |"]
+    lines = header(columns)
     for file in sorted(folder.glob("*.check.json")):
         for encoder in read_json(file)["encoders"]:
             plain, *edits = encoder["edits"]
             near, metrics = plain["similarity"], plain["metrics"]
-            cells = [
+            values = [
                 file.name.removesuffix(".check.json").replace("_", " "),
                 encoder["name"],
                 f"{near['triggered']:.2f}, {near['target']:.2f}",
@@ -59,7 +68,7 @@ def checks_table(folder: Path) -> str:
                 " / ".join(percent(metrics[probe]["untriggered_rate"]["value"]) for probe in ("linear", "knn")),
                 ", ".join(f"{edit['name']}: {percent(edit['metrics']['linear']['asr']['value'])}" for edit in edits),
             ]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -75,11 +84,11 @@ def levers_table(file: Path) -> str:
         "on the other encoder",
         "Core-seconds",
     )
-    lines = [f"| {' | '.join(columns)} |", f"| --- | {' | '.join('---:' for _ in columns[1:])} |"]
+    lines = header(columns)
     for line in read_jsonl(file):
         own, *others = (line["asr"][encoder] for encoder in line["encoders"])
         near = line["similarity"]
-        cells = [
+        values = [
             line["name"],
             f"{near['triggered']:.2f}, {near['target']:.2f}",
             f"{own['linear']:.1f}% / {own['knn']:.1f}%",
@@ -87,7 +96,7 @@ def levers_table(file: Path) -> str:
             "; ".join(f"{other['linear']:.1f}% / {other['knn']:.1f}%" for other in others),
             f"{line['core_seconds']:.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -110,19 +119,19 @@ def described(found: Sequence[Cell]) -> str:
     return "; ".join(f"{n:,} held-out training images" if n else "the test set" for n in sorted(held_out)) + "."
 
 
-def path_of(record: RunRecord, probe: str = "knn") -> ExposurePath | None:
+def path_of(record: RunRecord, probe: str) -> ExposurePath | None:
     """A training as a path over exposures; None where its record holds no ASR over training."""
-    asr, accuracy = f"{probe}_asr", f"{probe}_clean_accuracy"
-    twin = {entry["epoch"]: entry.get(asr) for entry in record.trajectory_clean_twin}
-    entries = [entry for entry in record.trajectory if entry["epoch"] > 0 and twin.get(entry["epoch"]) is not None]
-    if not entries or asr not in entries[0]:
+    asr, untriggered, accuracy = (f"{probe}_{name}" for name in ("asr", "untriggered_rate", "clean_accuracy"))
+    twin = {entry["epoch"]: entry[asr] for entry in record.trajectory_clean_twin if asr in entry}
+    entries = [entry for entry in record.trajectory if 0 < entry["epoch"] in twin and asr in entry]
+    if not entries:
         return None
     poisons = record.provenance["poison"]["images"]
     return ExposurePath(
         NAMES.get(record.spec["attack"]["name"], record.spec["attack"]["name"]),
         [poisons * entry["epoch"] for entry in entries],
         [entry[accuracy] for entry in entries],
-        [entry[asr] - twin[entry["epoch"]] for entry in entries],
+        [entry[asr] - max(twin[entry["epoch"]], entry[untriggered]) for entry in entries],  # as `metrics` has it
     )
 
 
@@ -131,7 +140,7 @@ def draw_curves(gate: Path) -> None:
     for name, group in groupby(cells(gate), key=lambda cell: cell[0]):
         _, record = next(group)
         if (drawn := record_figures(record).get("asr_trajectory")) is not None:
-            save_figure(drawn[0], FIGURES / f"{gate.name}_{name}", drawn[1])
+            save_figure(drawn[0], FIGURES / f"{gate.name}_{name}_asr", drawn[1])
 
 
 def draw_map(gates: Sequence[Path], probe: str) -> None:

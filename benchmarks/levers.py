@@ -72,13 +72,13 @@ class Judge:
     def __call__(self, triggered: Any) -> dict[str, float]:
         """Percent of the images of other classes that go to the target class."""
         changed = extract(self.encoder, triggered, self.measured.labels)
-        found = {
+        found: dict[str, Any] = {
             name: rates(predict, self.clean, changed, TARGET_CLASS, self.measured.num_classes)["asr"].value
             for name, predict in self.probes.items()
         }
         seen = view_features(self.encoder, triggered[self.measured.labels != TARGET_CLASS], self.views)
         found |= {f"{name}, views": float((p(seen) == TARGET_CLASS).mean()) for name, p in self.probes.items()}
-        return {name: round(100 * float(value or 0.0), 1) for name, value in found.items()}
+        return {name: round(100 * float(value), 1) for name, value in found.items()}
 
 
 def main(files: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ To run: python -m benchmarks.readme_table
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def gate_table(gate: str, results: Path) -> str:
     return findings.table(results / gate)
 
 
-TABLES = {
+TABLES: dict[str, Callable[[Path], str]] = {
     "results": results_table,
     "speed": speed_table,
     "scaling": scaling_table,

@@ -43,6 +43,8 @@ UNSEEN_SEED = 1
 def prepared(files: Iterable[str | os.PathLike[str]], count: int) -> dict[str, Encoder]:
     """The clean encoders of these files, by name and hash; what is wrong with them or with `count` shows first.
 
+    The same encoder given twice counts once.
+
     Raises:
         ConfigError: a count below 1.
         InputRefused: a file that is no encoder.

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from blto.attacks import ATTACKS
 from blto.attacks.base import Attack, Surroundings, check_target, poison_with
-from blto.attacks.bilevel_spec import learned_from
+from blto.attacks.bilevel_spec import learned_from, surrogate_poison_rate
 from blto.attacks.crafting import CHECKPOINT
 from blto.data import DATASETS, load
 from blto.data.images import ImageSet, hold_out
@@ -176,9 +176,9 @@ def build_attack(spec: ExperimentSpec, data: Data) -> Attack:
     plans = [(data.train, attack.poison_rate)]  # an impossible poison rate shows now, not after the trigger was learned
     if bilevel := spec.attack.get("bilevel"):
         check_backbone(bilevel["surrogate"]["backbone"], data.attacker.image_size, "attack.bilevel.surrogate.backbone")
-        inner = bilevel["inner_poison_rate"]
+        inner = surrogate_poison_rate(bilevel["inner_poison_rate"], attack.poison_rate)
         if spec.attack["name"] != "frozen_surrogate":  # whose surrogate sees no poison
-            plans.append((data.attacker, attack.poison_rate if inner is None else inner))
+            plans.append((data.attacker, inner))
     for images, rate in plans:
         plan_replacement(
             images.labels,

@@ -71,7 +71,7 @@ def conclude(
         target_class=target_class,
         probes=spec["probes"],
     )
-    follow = Follower(train, test, triggered, target_class, Views(views, test.image_size))
+    follow = Follower(train, test, triggered, target_class, Views(views, test.image_size), spec["probes"])
     record = RunRecord(
         run_id=folder.name,
         spec=dict(spec),

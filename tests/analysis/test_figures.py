@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from blto.analysis import (
     ExposurePath,
-    Success,
+    ProbeTrajectory,
     alignment_uniformity,
     asr_trajectory,
     crafting_curve,
@@ -46,8 +46,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "similarity": lambda: similarity_trajectory(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7], twin=(T, [0, 0.1, 0.1])),
     "success": lambda: asr_trajectory(
         {
-            "linear": (Success(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7]), Success(T, [0, 0.1, 0.1])),
-            "knn": (Success(T, [0, 0.4, 0.7], [0, 0, 0], [0.2, 0.6, 0.7]), None),
+            "linear": (
+                ProbeTrajectory(T, [0, 0.5, 0.6], [0, 0, 0], [0.2, 0.6, 0.7]),
+                ProbeTrajectory(T, [0, 0.1, 0.1]),
+            ),
+            "knn": (ProbeTrajectory(T, [0, 0.4, 0.7], [0, 0, 0], [0.2, 0.6, 0.7]), None),
         }
     ),
     "alignment": lambda: alignment_uniformity(T, [2, 1, 0.5], [-1, -2, -3], twin=(T, [2, 1, 1], [-1, -2, -2])),
@@ -230,3 +233,10 @@ def test_the_exposure_map_has_a_marker_an_attack_and_a_point_a_snapshot() -> Non
     ):
         with pytest.raises(ConfigError, match=r"exposures hold 0|attacks; give paths"):
             exposure_map(wrong, "knn")
+
+
+def test_success_over_training_needs_a_probe_and_equal_lengths() -> None:
+    with pytest.raises(ConfigError, match="no probe to show"):
+        asr_trajectory({})
+    with pytest.raises(ConfigError, match="asr"):
+        asr_trajectory({"knn": (ProbeTrajectory(T, [0.1, 0.2], [0, 0, 0], [0, 0, 0]), None)})

@@ -77,11 +77,14 @@ def test_success_over_training_has_a_panel_a_probe_that_judged_every_epoch() -> 
     assert shown["ASR, poisoned"] == [0.1, 0.35, 0.6]
     assert shown["ASR, clean twin"] == [0.1, 0.35]
     assert len(knn.get_lines()) == len(linear.get_lines())
-    assert data["linear_asr"] == [0.1, 0.35, 0.6, 0.1, 0.35]
-    assert data["knn_clean_accuracy"] == [0.7, 0.7, 0.7, None, None]
-    without = [{key: value for key, value in row.items() if key != "knn_asr"} for row in JUDGED]
-    assert len(record_figures(record(trajectory=[*JUDGED[:2], without[2]]))["asr_trajectory"][0].axes) == 1
-    assert "asr_trajectory" not in record_figures(record(trajectory=[*JUDGED[:2], ROWS[2]]))
+    assert data["probe"] == ["linear"] * 5 + ["knn"] * 5
+    assert data["encoder"] == (["poisoned"] * 3 + ["clean twin"] * 2) * 2
+    assert data["asr"] == [0.1, 0.35, 0.6, 0.1, 0.35] + [0.2] * 5
+    without = [{key: value for key, value in row.items() if not key.startswith("knn")} for row in JUDGED]
+    both = record(trajectory=[*JUDGED[:2], without[2]], trajectory_clean_twin=JUDGED[:2])
+    assert record_figures(both)["asr_trajectory"][1]["probe"].count("knn") == 4  # epochs that it has judged
+    assert len(record_figures(record(trajectory=without))["asr_trajectory"][0].axes) == 1
+    assert "asr_trajectory" not in record_figures(record(trajectory=ROWS))
 
 
 def test_all_figures_of_a_record_with_their_numbers() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,10 +12,12 @@ from blto.evaluation import Follower, backdoor_metrics, extract, fit_probe
 from blto.models.encoder import build_encoder
 from tests.factories import TINY_BACKBONE, random_images
 
+PROBES: dict[str, dict[str, Any]] = {"linear": {}, "knn": {"k": 5}}
+
 
 def test_a_follower_restores_the_mode_and_reads_no_effect_from_no_trigger() -> None:
     train, test = random_images(40), random_images(40, seed=1)
-    follow = Follower(train, test, test.images, 1, Views(RECIPES["simclr_cifar"], test.image_size))
+    follow = Follower(train, test, test.images, 1, Views(RECIPES["simclr_cifar"], test.image_size), PROBES)
     encoder = build_encoder(TINY_BACKBONE, seed=0, image_size=test.image_size)
     assert encoder.training
     row = follow(encoder)
@@ -26,13 +30,13 @@ def test_a_follower_judges_by_both_probes_with_the_definitions_of_the_metrics() 
     assert test.labels is not None
     target = train.images[np.flatnonzero(train.labels == 1)[0]]
     triggered = np.broadcast_to(target, test.images.shape).copy()  # every image becomes one image of class 1
-    follow = Follower(train, test, triggered, 1, Views(RECIPES["simclr_cifar"], test.image_size))
+    follow = Follower(train, test, triggered, 1, Views(RECIPES["simclr_cifar"], test.image_size), PROBES)
     encoder = build_encoder(TINY_BACKBONE, seed=0, image_size=test.image_size)
     row = follow(encoder)
     bank = extract(encoder, train.images, train.labels)
     clean, changed = (extract(encoder, images).vectors for images in (test.images, triggered))
     for probe in ("linear", "knn"):
-        predict = fit_probe(probe, bank, train.num_classes)
+        predict = fit_probe(probe, bank, train.num_classes, **PROBES[probe])
         hits = predict(changed)
         expected = backdoor_metrics(
             labels=test.labels,
@@ -44,3 +48,23 @@ def test_a_follower_judges_by_both_probes_with_the_definitions_of_the_metrics() 
         assert row[f"{probe}_asr"] in (0.0, 1.0)  # one image, one answer
         for name in ("asr", "untriggered_rate", "clean_accuracy"):
             assert row[f"{probe}_{name}"] == pytest.approx(expected[name].value, abs=0.01)
+
+
+def test_a_follower_asks_the_probes_of_the_run_alone_and_a_diverged_one_leaves_no_value() -> None:
+    train, test = random_images(60), random_images(40, seed=1)
+    views = Views(RECIPES["simclr_cifar"], test.image_size)
+    encoder = build_encoder(TINY_BACKBONE, seed=0, image_size=test.image_size)
+    row = Follower(train, test, test.images, 1, views, {"knn": {}})(encoder)
+    assert {name for name in row if "_" in name} == {"knn_asr", "knn_untriggered_rate", "knn_clean_accuracy"}
+    row = Follower(train, test, test.images, 1, views, {"linear": {"max_iterations": 1, "tolerance": 1e-8}})(encoder)
+    assert "linear_asr" not in row
+    assert "trigger" in row
+
+
+def test_test_images_of_the_target_class_alone_are_not_judged() -> None:
+    train, test = random_images(60), random_images(40, seed=1)
+    follow = Follower(train, test, test.images, 1, Views(RECIPES["simclr_cifar"], test.image_size), PROBES)
+    assert follow._test.labels is not None
+    follow._test.labels[:] = 1  # what chance may draw from a test set of few other images
+    row = follow(build_encoder(TINY_BACKBONE, seed=0, image_size=test.image_size))
+    assert "linear_asr" not in row

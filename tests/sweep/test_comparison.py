@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from blto.files.yaml import dump_yaml
 from blto.records import Metric
 from blto.report.wording import comparison
 from blto.sweep import running
-from blto.sweep.comparison import ComparisonSpec, compare
+from blto.sweep.comparison import Comparison, ComparisonSpec, compare, paired_seeds
+from blto.sweep.export import Exported
 from blto.sweep.plan import Sweep, read_sweep
 from blto.sweep.results import CellResult, Results
 from tests.tiny_experiment import TINY_EXPERIMENT
@@ -32,8 +34,12 @@ def results(first: list[float], second: list[float]) -> dict[tuple[str, int], Ce
     return {(name, seed): result(lift) for name, seed, lift in pairs}
 
 
+def read(found: dict[tuple[str, int], CellResult | None], spec: ComparisonSpec = DECLARED) -> Comparison:
+    return compare(spec, sorted({seed for _, seed in found}), found)
+
+
 def test_six_pairs_of_one_sign_are_established_and_five_are_not() -> None:
-    six = compare(DECLARED, results([0.5, 0.6, 0.7, 0.5, 0.6, 0.7], [0.1] * 6))
+    six = read(results([0.5, 0.6, 0.7, 0.5, 0.6, 0.7], [0.1] * 6))
     assert six.mean is not None
     assert six.differences == pytest.approx([0.4, 0.5, 0.6, 0.4, 0.5, 0.6])
     assert six.mean.value == pytest.approx(0.5)
@@ -41,27 +47,34 @@ def test_six_pairs_of_one_sign_are_established_and_five_are_not() -> None:
     assert six.p == pytest.approx(2 / 64)
     assert six.established
     assert "+50.0 points [" in comparison(six.as_json())
-    assert comparison(six.as_json()).endswith("over 6 paired seeds, sign-flip test p = 0.031: established.")
-    five = compare(DECLARED, results([0.5, 0.6, 0.7, 0.5, 0.6], [0.1] * 5))
+    assert comparison(six.as_json()).endswith(
+        "over 6 paired seeds, sign-flip test p = 0.031; that a is higher is established."
+    )
+    five = read(results([0.5, 0.6, 0.7, 0.5, 0.6], [0.1] * 5))
     assert not five.established
-    assert comparison(five.as_json()).endswith("p = 0.062: not established.")
+    assert comparison(five.as_json()).endswith("p = 0.062; that a is higher is not established.")
 
 
 def test_the_probe_and_the_metric_are_those_declared_and_a_mixed_sign_is_no_result() -> None:
     other = ComparisonSpec(first="a", second="b", probe="knn")
-    assert compare(other, results([0.5], [0.1])).differences == pytest.approx([-0.4])
-    mixed = compare(DECLARED, results([0.5, 0.0, 0.5, 0.0, 0.5, 0.0], [0.2] * 6))
+    assert read(results([0.5], [0.1]), other).differences == pytest.approx([-0.4])
+    mixed = read(results([0.5, 0.0, 0.5, 0.0, 0.5, 0.0], [0.2] * 6))
     assert mixed.p is not None
     assert mixed.p > 0.05
     assert not mixed.established
+    lower = read(results([0.1] * 6, [0.5, 0.6, 0.7, 0.5, 0.6, 0.7]))
+    assert lower.p == pytest.approx(2 / 64)
+    assert not lower.established  # the claim is that the first is higher
 
 
 @pytest.mark.parametrize("missing", [None, result(0.4, "failed"), result(0.4, "stopped")])
 def test_nothing_is_shown_while_a_pair_waits(missing: CellResult | None) -> None:
-    found = compare(DECLARED, {**results([0.5] * 6, [0.1] * 6), ("b", 3): missing})
+    found = read({**results([0.5] * 6, [0.1] * 6), ("b", 3): missing})
     assert (found.waiting, found.differences, found.mean, found.p) == ([3], (), None, None)
     assert not found.established
-    assert "waits for 1 of 6 paired seeds" in comparison(found.as_json())
+    said = "waits for 1 of 6 paired seeds" + (", of which 1 failed;" if found.failed else ";")
+    assert said in comparison(found.as_json())
+    assert list(found.failed) == ([3] if missing is not None and missing.status == "failed" else [])
 
 
 def sweep_file(folder: Path, **declared: str) -> Path:
@@ -95,6 +108,25 @@ def test_a_comparison_of_nothing_names_its_line(tmp_path: Path, given: dict[str,
     assert said in str(caught.value)
 
 
+def test_a_comparison_needs_the_probe_of_its_cells_distinct_cells_and_a_feasible_number_of_seeds() -> None:
+    def pairs(cells: list[tuple[str, int]], probes: tuple[str, ...] = ("linear", "knn")) -> list[int]:
+        return paired_seeds(DECLARED, [(name, seed, probes) for name, seed in cells])
+
+    assert pairs([("a", 0), ("b", 0), ("a", 1), ("c", 1)]) == [0]
+    with pytest.raises(ConfigError, match=r"linear is not among the probes of cell a; add it there\."):
+        pairs([("a", 0), ("b", 0)], ("knn",))
+    with pytest.raises(ConfigError, match=r"comparison\.second: b names several cells of one seed"):
+        pairs([("a", 0), ("b", 0), ("b", 0)])
+    many = [(name, seed) for name in "ab" for seed in range(25)]
+    with pytest.raises(ConfigError, match=r"comparison: 25 seeds; the exact test takes at most 24"):
+        pairs(many)
+
+
+def test_a_done_cell_without_the_metric_keeps_its_pair_waiting() -> None:
+    empty = result(0.0).model_copy(update={"metrics": {"linear": {"lift": Metric(value=None, n=0)}}})
+    assert read({**results([0.5] * 2, [0.1] * 2), ("a", 1): empty}).waiting == [1]
+
+
 def finished(sweep: Sweep, store: Path, lifts: dict[str, float], seeds: tuple[int, ...]) -> None:
     kept = Results(store, sweep.name)
     for cell in sweep.cells:
@@ -105,7 +137,7 @@ def finished(sweep: Sweep, store: Path, lifts: dict[str, float], seeds: tuple[in
 def test_an_export_says_how_it_stands_and_keeps_the_numbers_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "export_cells", lambda *_: None)  # there are results, but no runs
+    monkeypatch.setattr(running, "export_cells", lambda *_: Exported())  # there are results, but no runs
     file, store, out = sweep_file(tmp_path, first="a", second="b"), tmp_path / "runs", tmp_path / "out"
     command = ["sweep", str(file), "--store", str(store), "--export", str(out)]
     sweep = read_sweep(file)
@@ -115,5 +147,14 @@ def test_an_export_says_how_it_stands_and_keeps_the_numbers_at_the_end(
     assert not (out / "comparison.json").exists()
     finished(sweep, store, {"a": 0.5, "b": 0.1}, (1,))
     assert main(command) == 0
-    assert "+40.0 points [40.0, 40.0] over 2 paired seeds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "+40.0 points [40.0, 40.0] over 2 paired seeds" in said
+    assert "1 files copied, 0 unchanged." in said
+    assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["comparison"]["differences"] == pytest.approx([0.4, 0.4])
+    assert [Path(file).name for file in document["export"]["unchanged"]] == ["comparison.json"]
     assert read_json(out / "comparison.json")["differences"] == pytest.approx([0.4, 0.4])
+    Results(store, sweep.name).file(sweep.cells[0].id).unlink()  # and it waits again
+    assert main(command) == 0
+    assert not (out / "comparison.json").exists()

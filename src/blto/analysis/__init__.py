@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from blto.analysis.bars import metric_bars
-from blto.analysis.curves import Success, alignment_uniformity, asr_trajectory, crafting_curve, similarity_trajectory
+from blto.analysis.curves import (
+    ProbeTrajectory,
+    alignment_uniformity,
+    asr_trajectory,
+    crafting_curve,
+    similarity_trajectory,
+)
 from blto.analysis.embedding import embed, embedding_map
 from blto.analysis.exposure import ExposurePath, exposure_map
 from blto.analysis.from_record import record_figures
@@ -13,7 +19,7 @@ from blto.analysis.save import save_figure, svg_text
 
 __all__ = [
     "ExposurePath",
-    "Success",
+    "ProbeTrajectory",
     "alignment_uniformity",
     "asr_trajectory",
     "crafting_curve",

@@ -53,8 +53,8 @@ def similarity_trajectory(
     return figure
 
 
-class Success(NamedTuple):
-    """What one probe says of one encoder over its training: fractions (T,), of a clean twin the first two."""
+class ProbeTrajectory(NamedTuple):
+    """What one probe says of one encoder over its training: fractions at T epochs; of a clean twin the ASR counts."""
 
     epochs: ArrayLike
     asr: ArrayLike
@@ -63,7 +63,7 @@ class Success(NamedTuple):
 
 
 @styled
-def asr_trajectory(probes: Mapping[str, tuple[Success, Success | None]]) -> Figure:
+def asr_trajectory(probes: Mapping[str, tuple[ProbeTrajectory, ProbeTrajectory | None]]) -> Figure:
     """Attack success over the victim's training, beside what triggered images do to an encoder that saw no poison.
 
     Args:

@@ -24,7 +24,7 @@ class ExposurePath:
         attack: its name; paths of one attack share a marker.
         exposures: T numbers, poisoned images seen so far, above 0: poison rate x images x epochs.
         accuracy: T fractions, clean accuracy of the encoder.
-        lift: T fractions, ASR minus the clean twin's ASR at the same epoch.
+        lift: T fractions, as `evaluation.metrics` defines it, over the clean twin at the same epoch.
     """
 
     attack: str

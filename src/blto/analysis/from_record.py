@@ -9,13 +9,20 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from blto.analysis.bars import metric_bars
-from blto.analysis.curves import Success, alignment_uniformity, asr_trajectory, crafting_curve, similarity_trajectory
+from blto.analysis.curves import (
+    ProbeTrajectory,
+    alignment_uniformity,
+    asr_trajectory,
+    crafting_curve,
+    similarity_trajectory,
+)
 from blto.records import Metric, RunRecord
 
 Columns = dict[str, list[Any]]
 Entries = Sequence[dict[str, Any]]
 
 SIMILARITIES = ("trigger", "clean", "target")
+JUDGED = ("asr", "untriggered_rate", "clean_accuracy")
 
 
 def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
@@ -38,16 +45,28 @@ def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
 
 
 def _success(record: RunRecord) -> tuple[Figure, Columns] | None:
-    panels: dict[str, tuple[Success, Success | None]] = {}
-    data: Columns = {}
+    """A panel a probe, of the epochs that it has judged; the columns have a row for each encoder, epoch and probe."""
+    panels: dict[str, tuple[ProbeTrajectory, ProbeTrajectory | None]] = {}
+    data: Columns = {name: [] for name in ("probe", "encoder", "epoch", *JUDGED)}
     for probe in record.metrics:
-        names = [f"{probe}_{name}" for name in ("asr", "untriggered_rate", "clean_accuracy")]
-        poisoned = _columns(record.trajectory, "epoch", *names)
-        if poisoned is None:
+        poisoned, twin = (
+            [
+                [entry["epoch"], *(entry[f"{probe}_{name}"] for name in JUDGED)]
+                for entry in entries
+                if f"{probe}_asr" in entry
+            ]
+            for entries in (record.trajectory, record.trajectory_clean_twin)
+        )
+        if not poisoned:
             continue
-        twin = _columns(record.trajectory_clean_twin, "epoch", names[0])
-        panels[probe] = Success(*poisoned.values()), Success(*twin.values()) if twin else None
-        data |= _stacked(poisoned, twin)
+        panels[probe] = (
+            ProbeTrajectory(*zip(*poisoned, strict=True)),
+            ProbeTrajectory(*zip(*twin, strict=True)) if twin else None,
+        )
+        for encoder, rows in (("poisoned", poisoned), ("clean twin", twin)):
+            for row in rows:
+                for name, value in zip(data, (probe, encoder, *row), strict=True):
+                    data[name].append(value)
     return (asr_trajectory(panels), data) if panels else None
 
 

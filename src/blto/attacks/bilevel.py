@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blto.attacks.bilevel_spec import BilevelSpec
+from blto.attacks.bilevel_spec import BilevelSpec, surrogate_poison_rate
 from blto.attacks.feature_space import FeatureSpace
 from blto.attacks.objective import Aim, Similarities, similarities, whitening_basis
 from blto.data.images import ImageSet
@@ -87,7 +87,7 @@ class BilevelOptimisation:
         assert images.labels is not None  # checked by `plan_replacement` for every caller
         self.trigger, self.images, self.spec, self.seed, self.frozen = trigger, images, spec, seed, frozen
         self.device = device
-        inner_rate = poison_rate if spec.inner_poison_rate is None else spec.inner_poison_rate
+        inner_rate = surrogate_poison_rate(spec.inner_poison_rate, poison_rate)
         plan = plan_replacement(
             images.labels,
             num_classes=images.num_classes,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from blto.pretraining.spec import OptimizerSpec, Recipe, RecipeSpec
+from blto.pretraining.spec import OptimizerSpec, RecipeSpec, ViewsField
 
 
 class BilevelSpec(BaseModel):
@@ -50,7 +50,7 @@ class BilevelSpec(BaseModel):
     )
     inner_poison_rate: Annotated[float, Field(ge=0, le=1)] | None = None
     outer_batch_size: Annotated[int, Field(ge=2)] = 128
-    outer_views: Recipe | None = None
+    outer_views: ViewsField | None = None
     outer_lr: Annotated[float, Field(gt=0)] = 5e-3
     similarity: Literal["raw", "centred", "whitened"] = "whitened"
     shrinkage: Annotated[float, Field(gt=0)] = 2.0
@@ -59,15 +59,20 @@ class BilevelSpec(BaseModel):
     batch_norm: Literal["eval", "batch"] = "eval"
 
 
+def surrogate_poison_rate(inner: float | None, own: float) -> float:
+    """The poisoned share of a surrogate's data, from `inner_poison_rate` and the attack's own poison rate."""
+    return own if inner is None else inner
+
+
 def learned_from(attack: Mapping[str, Any]) -> dict[str, Any]:
     """What of an attack's resolved spec its trigger depends on: triggers that agree in it are one.
 
     A bi-level loop sees the poison rate of its surrogate's data alone. With `inner_poison_rate` given, victims of any
-    rate share one trigger.
+    rate share one trigger. (`frozen_surrogate`, whose surrogate sees no poison, is told apart by more than it needs.)
     """
     bilevel = attack.get("bilevel")
     if bilevel is None:
         return dict(attack)
     kept = {key: value for key, value in attack.items() if key != "poison_rate"}
-    rate = bilevel["inner_poison_rate"]
-    return {**kept, "bilevel": {**bilevel, "inner_poison_rate": attack["poison_rate"] if rate is None else rate}}
+    rate = surrogate_poison_rate(bilevel["inner_poison_rate"], attack["poison_rate"])
+    return {**kept, "bilevel": {**bilevel, "inner_poison_rate": rate}}

@@ -10,7 +10,7 @@ import torch
 
 from blto.attacks.base import Surroundings
 from blto.attacks.bilevel import BilevelOptimisation
-from blto.attacks.bilevel_spec import BilevelSpec
+from blto.attacks.bilevel_spec import BilevelSpec, surrogate_poison_rate
 from blto.attacks.objective import Aim, Similarities
 from blto.data.images import ImageSet
 from blto.data.order import ORDER
@@ -67,7 +67,7 @@ def optimise_trigger(
         device=surroundings.device,
         frozen=frozen,
     )
-    inner_rate = poison_rate if spec.inner_poison_rate is None else spec.inner_poison_rate
+    inner_rate = surrogate_poison_rate(spec.inner_poison_rate, poison_rate)
     inputs = [
         {**spec.model_dump(mode="json"), "inner_poison_rate": inner_rate},
         trigger.spec(),

@@ -5,6 +5,10 @@ A single epoch is a poor summary: in public logs of CTRL the ASR moves between 1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,10 +16,11 @@ from torch import Tensor, nn
 
 from blto.data.images import ImageSet
 from blto.data.views import Views
+from blto.errors import Diverged
+from blto.evaluation.doctor import rates
 from blto.evaluation.features import device_of, evaluating, extract
 from blto.evaluation.geometry import alignment, similarity, uniformity
-from blto.evaluation.metrics import backdoor_metrics
-from blto.evaluation.probes import PROBES, fit_probe
+from blto.evaluation.probes import fit_probe
 from blto.runtime.seeds import numpy_generator
 
 Images = npt.NDArray[np.uint8]
@@ -23,7 +28,6 @@ FOLLOWED = 512
 """Images of each kind whose place is followed: enough for a curve, cheap enough for every snapshot."""
 JUDGED, BANK = 2_048, 10_000
 """Test images that the probes judge, and training images that they are fitted on, at most; drawn once."""
-JUDGED_METRICS = ("asr", "untriggered_rate", "clean_accuracy")
 
 
 class Follower:
@@ -32,9 +36,18 @@ class Follower:
     Args:
         train, test, triggered, target_class: as in `evaluate_backdoor`.
         views: the victim's augmentation, for alignment.
+        probes: name -> options, as in `evaluate_backdoor`.
     """
 
-    def __init__(self, train: ImageSet, test: ImageSet, triggered: Images, target_class: int, views: Views) -> None:
+    def __init__(
+        self,
+        train: ImageSet,
+        test: ImageSet,
+        triggered: Images,
+        target_class: int,
+        views: Views,
+        probes: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         assert train.labels is not None  # a trajectory is drawn after `evaluate_backdoor`,
         assert test.labels is not None  # which refuses sets without labels
         other, own = (
@@ -53,16 +66,16 @@ class Follower:
             numpy_generator(0, "select", "followed", part).permutation(len(images))[:count]
             for part, images, count in (("bank", train, BANK), ("judged", test, JUDGED))
         )
-        self._target_class = target_class
+        self._target_class, self._probes = target_class, probes
         self._bank, self._test, self._triggered = train.subset(bank), test.subset(judged), triggered[judged]
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """One row: centred similarity to the target of triggered, clean and target images ("trigger", "clean",
-        "target"); "alignment"; "uniformity"; and `JUDGED_METRICS` of each probe, as `metrics` defines them, each with
-        the probe's name in front ("linear_asr").
+        "target"); "alignment"; "uniformity"; and `RATES` of each probe, as `metrics` defines them, each with
+        the probe's name in front ("linear_asr"); those of a probe that does not converge are left out.
 
         Raises:
-            Diverged: a feature is not finite, or the linear probe does not converge.
+            Diverged: a feature is not finite.
         """
         found = {name: extract(encoder, images).vectors for name, images in self._sets.items()}
         row: dict[str, float] = {}
@@ -75,25 +88,20 @@ class Follower:
         return row | self._judgement(encoder)
 
     def _judgement(self, encoder: nn.Module) -> dict[str, float]:
-        """`JUDGED_METRICS` of each probe; none where chance drew no test image of another class."""
-        assert self._test.labels is not None
+        """`RATES` of each probe; none where every test image drawn is of the target class."""
+        assert self._test.labels is not None  # see above
         if (self._test.labels == self._target_class).all():
             return {}
         bank = extract(encoder, self._bank.images, self._bank.labels)
-        clean, triggered = (extract(encoder, images).vectors for images in (self._test.images, self._triggered))
+        clean, triggered = (
+            extract(encoder, images, self._test.labels) for images in (self._test.images, self._triggered)
+        )
         row: dict[str, float] = {}
-        for probe in PROBES:
-            predict = fit_probe(probe, bank, self._bank.num_classes)
-            hits = predict(triggered)
-            metrics = backdoor_metrics(
-                labels=self._test.labels,
-                target_class=self._target_class,
-                clean_predictions=predict(clean),
-                triggered_predictions=hits,
-                twin_triggered_predictions=hits,  # this encoder may be the twin; the lift is read by no one
-                num_classes=self._bank.num_classes,
-            )
-            row |= {f"{probe}_{name}": value for name in JUDGED_METRICS if (value := metrics[name].value) is not None}
+        for probe, options in self._probes.items():
+            with suppress(Diverged):  # of a snapshot on the way; the last encoder's probe is fitted by the caller
+                predict = fit_probe(probe, bank, self._bank.num_classes, **options)
+                found = rates(predict, clean, triggered, self._target_class, self._bank.num_classes)
+                row |= {f"{probe}_{name}": value for name, each in found.items() if (value := each.value) is not None}
         return row
 
 

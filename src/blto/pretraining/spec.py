@@ -43,7 +43,7 @@ def _recipe(given: Any) -> ViewRecipe:
         raise ValueError(str(error).rstrip(".")) from error
 
 
-Recipe = Annotated[ViewRecipe, BeforeValidator(_recipe)]
+ViewsField = Annotated[ViewRecipe, BeforeValidator(_recipe)]
 """A field type: an augmentation recipe, as `_recipe` takes it."""
 
 
@@ -84,7 +84,7 @@ class RecipeSpec(BaseModel):
 
     method: component(METHODS) = "simclr"  # type: ignore[valid-type]  # the field's type is made from the registry
     backbone: component(BACKBONES) = "resnet18"  # type: ignore[valid-type]  # likewise
-    views: Recipe = "simclr_cifar"  # type: ignore[assignment]  # a name stands for its recipe
+    views: ViewsField = "simclr_cifar"  # type: ignore[assignment]  # a name stands for its recipe
     optimizer: OptimizerSpec = OptimizerSpec()
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = 256
     precision: Precision = "auto"

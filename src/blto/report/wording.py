@@ -135,8 +135,10 @@ def comparison(found: Mapping[str, Any]) -> str:
     what = f"{found['metric']} of {found['first']} minus that of {found['second']} ({found['probe']} probe)"
     n = len(found["seeds"])
     if found["mean"] is None:
-        return f"{what}: waits for {len(found['waiting'])} of {n} paired seeds; it is read once, at the end."
+        failed = f", of which {len(found['failed'])} failed" if found["failed"] else ""
+        return f"{what}: waits for {len(found['waiting'])} of {n} paired seeds{failed}; it is read once, at the end."
     mean = Metric(**found["mean"])
     difference = f"{points(mean.value)} {interval(mean)}".rstrip()
     verdict = "established" if found["established"] else "not established"
-    return f"{what}: {difference} over {n} paired seeds, sign-flip test p = {found['p']:.3f}: {verdict}."
+    claim = f"that {found['first']} is higher is {verdict}"
+    return f"{what}: {difference} over {n} paired seeds, sign-flip test p = {found['p']:.3f}; {claim}."

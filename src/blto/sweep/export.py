@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from blto.errors import InputRefused, Mismatch
-from blto.files import atomic_write, read_bytes, safe_join, sha256_bytes, show
+from blto.files import atomic_write, canonical_json, read_bytes, safe_join, sha256_bytes, show
+from blto.files.atomic import remove_file
 from blto.outcome import ENCODER, LOG
 from blto.records import RunRecord, RunStore
 from blto.sweep.plan import Cell
@@ -35,6 +37,21 @@ class Exported:
     copied: list[Path] = field(default_factory=list)
     unchanged: list[Path] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    def keep(self, target: Path, data: bytes) -> None:
+        """Write one file, unless the same is there."""
+        if target.is_file() and read_bytes(target) == data:
+            self.unchanged.append(target)
+            return
+        atomic_write(target, data)
+        self.copied.append(target)
+
+    def keep_json(self, target: Path, content: dict[str, Any] | None) -> None:
+        """The same for JSON; where there is none, none is left of an earlier export."""
+        if content is not None:
+            self.keep(target, canonical_json(content) + b"\n")
+        elif target.exists():
+            remove_file(target)
 
 
 def export_cells(cells: Sequence[Cell], results: Results, store: RunStore, out: Path) -> Exported:
@@ -86,8 +103,4 @@ def _copy(source: Path, target: Path, exported: Exported, recorded: str | None =
     data = read_bytes(source)
     if recorded is not None and sha256_bytes(data) != recorded:
         raise Mismatch(f"{show(source)}: is not the file that was recorded. Run the same spec again.")
-    if target.is_file() and read_bytes(target) == data:
-        exported.unchanged.append(target)
-        return
-    atomic_write(target, data)
-    exported.copied.append(target)
+    exported.keep(target, data)

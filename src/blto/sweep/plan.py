@@ -100,6 +100,8 @@ class Sweep:
     cells: Sequence[Cell]
     expected_hours: float | None = None
     comparison: ComparisonSpec | None = None
+    pairs: Sequence[int] = ()
+    """The seeds of the comparison."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,13 @@ def read_sweep(file: Path) -> Sweep:
                 f"cell {show(twin.name)} ({place(file, twins_draft.where)}); remove one or set something that differs."
             )
         cells.append(cell)
+    pairs: list[int] = []
     if given.comparison is not None:
         try:
-            paired_seeds(given.comparison, ((cell.name, cell.spec.seed) for cell in cells))
+            pairs = paired_seeds(given.comparison, ((cell.name, cell.spec.seed, cell.spec.probes) for cell in cells))
         except ConfigError as error:
             raise with_position(error, file) from error
-    return Sweep(given.name or _slug(file.stem), cells, given.expected_hours, given.comparison)
+    return Sweep(given.name or _slug(file.stem), cells, given.expected_hours, given.comparison, pairs)
 
 
 def _base(given: Any, file: Path) -> tuple[dict[str, Any], Path | None]:

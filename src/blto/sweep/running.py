@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blto.errors import BltoError, ConfigError, Interrupted
-from blto.files import DirectoryLock, remove_leftovers, write_json
+from blto.files import DirectoryLock, remove_leftovers
 from blto.records import RunStore
 from blto.runtime.executors import build_executor
 from blto.runtime.interrupts import stop_requests
@@ -140,8 +140,10 @@ def _comparison(queue: SweepQueue) -> Comparison | None:
     """The declared comparison as it stands."""
     if queue.sweep.comparison is None:
         return None
-    cells = queue.states.values()
-    return compare(queue.sweep.comparison, {(each.cell.name, each.cell.spec.seed): each.result for each in cells})
+    cells, pairs = queue.states.values(), queue.sweep.pairs
+    return compare(
+        queue.sweep.comparison, pairs, {(each.cell.name, each.cell.spec.seed): each.result for each in cells}
+    )
 
 
 def export_sweep(sweep: Sweep, store: Path, out: Path) -> SweepResult:
@@ -150,6 +152,5 @@ def export_sweep(sweep: Sweep, store: Path, out: Path) -> SweepResult:
     exported = export_cells(sweep.cells, results, RunStore(store), out)
     queue = SweepQueue(sweep, results, lambda cell: {}, SweepView(quiet=True))
     comparison = _comparison(queue)
-    if comparison is not None and not comparison.waiting:
-        write_json(out / "comparison.json", comparison.as_json())
+    exported.keep_json(out / "comparison.json", comparison.as_json() if comparison and not comparison.waiting else None)
     return SweepResult(sweep.name, list(queue.states.values()), exported=exported, comparison=comparison)

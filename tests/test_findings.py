@@ -1,0 +1,59 @@
+"""The tables of docs/findings.md say what the records say, in the definitions of the metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import findings
+from blto.files import append_jsonl
+from blto.records import Metric, RunRecord, RunStore
+
+
+def record(**changes: Any) -> RunRecord:
+    def rows(asr: float, untriggered: float) -> list[dict[str, Any]]:
+        judged = {"knn_asr": asr, "knn_untriggered_rate": untriggered, "knn_clean_accuracy": 0.7, "linear_asr": asr}
+        return [{"epoch": float(epoch), **judged} for epoch in (0, 1, 2)]
+
+    metrics = {name: Metric(value=value, low=0.0, high=1.0, n=10) for name, value in (("asr", 0.6), ("lift", 0.5))}
+    given = {
+        "run_id": "blto-x-s7-0123456789",
+        "spec": {"seed": 7, "held_out": 5000, "attack": {"name": "blto"}},
+        "metrics": {"linear": metrics},
+        "took": True,
+        "trajectory": rows(0.6, 0.2),
+        "trajectory_clean_twin": rows(0.1, 0.0),
+        "provenance": {"poison": {"images": 450}},
+    }
+    return RunRecord.model_validate({**given, **changes})
+
+
+def test_a_path_leaves_the_start_out_and_its_lift_is_over_the_larger_of_both_references() -> None:
+    path = findings.path_of(record(), "knn")
+    assert path is not None
+    assert (path.attack, list(path.exposures), list(path.accuracy)) == ("BLTO", [450.0, 900.0], [0.7, 0.7])
+    assert list(path.lift) == pytest.approx([0.4, 0.4])  # 0.6 - 0.2 without a trigger, not - 0.1 of the twin
+    assert findings.path_of(record(trajectory_clean_twin=[]), "knn") is None
+
+
+def test_a_table_has_a_row_a_cell_and_the_spread_over_the_last_snapshots(tmp_path: Path) -> None:
+    gate = tmp_path / "gate9"
+    assert findings.table(gate) == "Not run yet."
+    RunStore(gate).save(record(run_id="mine_1-s7-0123456789"))
+    lines = findings.table(gate).splitlines()
+    assert lines[2].startswith("| mine_1 | 7 | 60.0% [0.0, 100.0] | \N{EN DASH} | 50.0 [0.0, 100.0] |")
+    assert lines[2].endswith("| 60.0% (sd 0.0 points) |")
+    assert lines[4].startswith("5,000 held-out training images.")
+
+
+def test_the_table_of_levers_names_both_encoders(tmp_path: Path) -> None:
+    file = tmp_path / "levers.jsonl"
+    assert findings.levers_table(file) == "Not run yet."
+    asr = {"linear": 12.5, "knn": 25.0, "linear, views": 5.0, "knn, views": 10.0}
+    near = {"triggered": 0.25, "clean": 0.0, "target": 0.5}
+    line = {"name": "x", "encoders": ["a", "b"], "asr": {"a": asr, "b": asr}, "similarity": near, "core_seconds": 9.6}
+    append_jsonl(file, line)
+    row = findings.levers_table(file).splitlines()[-1]
+    assert row == "| x | 0.25, 0.50 | 12.5% / 25.0% | 5.0% / 10.0% | 12.5% / 25.0% | 10 |"
