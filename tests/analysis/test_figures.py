@@ -226,6 +226,10 @@ def test_the_exposure_map_has_a_marker_an_attack_and_a_point_a_snapshot() -> Non
     drawn = [each for each in figure.axes[0].collections if each.get_array() is not None]
     assert [list(np.asarray(each.get_array())) for each in drawn] == [[0.2, 0.9], [0.2, 0.0], [0.2, 0.1]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    figure.draw_without_rendering()
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels(which="both")]
+    assert "10" in ticks
+    assert not any("$" in tick for tick in ticks)  # text is set as it is, without mathematics
     for wrong in (
         [],
         [ExposurePath("a", [0, 10], fine, fine)],

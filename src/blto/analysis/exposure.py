@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MultipleLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from blto.analysis.style import INK, MUTED, column, legend_below, new_figure, styled
 from blto.errors import ConfigError
@@ -49,7 +49,8 @@ def exposure_map(paths: Sequence[ExposurePath], probe: str) -> Figure:
         raise ConfigError(f"{len(attacks)} attacks; give paths of 1 to {len(MARKERS)}.")
     figure, [axes] = new_figure(4.4)
     shade = Normalize(0.0, 1.0)
-    named: set[str] = set()
+    for attack, marker in zip(attacks, MARKERS, strict=False):
+        axes.plot([], [], marker, color=INK, markerfacecolor="none", label=attack)
     points = None
     for path in paths:
         x = column(path.exposures, "exposures")
@@ -68,14 +69,15 @@ def exposure_map(paths: Sequence[ExposurePath], probe: str) -> Figure:
             edgecolors=INK,
             linewidths=0.4,
             zorder=2,
-            label=None if path.attack in named else path.attack,
         )
-        named.add(path.attack)
     assert points is not None  # there is a path
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="Poison exposures (images x epochs)", ylabel=f"Clean accuracy of the encoder ({probe})")
+    axes.yaxis.set_major_locator(MultipleLocator(0.05))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bar = figure.colorbar(points, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.02)
-    bar.set_label(f"Lift over the clean twin ({probe})")
+    bar.set_label(f"Lift over the clean twin ({probe}; below 0 as 0)")
     legend_below(figure, axes, columns=3)
     return figure

@@ -16,7 +16,7 @@ from blto.analysis.curves import (
     crafting_curve,
     similarity_trajectory,
 )
-from blto.records import Metric, RunRecord
+from blto.records import HEADLINE_PROBE, Metric, RunRecord
 
 Columns = dict[str, list[Any]]
 Entries = Sequence[dict[str, Any]]
@@ -48,7 +48,7 @@ def _success(record: RunRecord) -> tuple[Figure, Columns] | None:
     """A panel a probe, of the epochs that it has judged; the columns have a row for each encoder, epoch and probe."""
     panels: dict[str, tuple[ProbeTrajectory, ProbeTrajectory | None]] = {}
     data: Columns = {name: [] for name in ("probe", "encoder", "epoch", *JUDGED)}
-    for probe in record.metrics:
+    for probe in sorted(record.metrics, key=lambda name: (name != HEADLINE_PROBE, name)):
         poisoned, twin = (
             [
                 [entry["epoch"], *(entry[f"{probe}_{name}"] for name in JUDGED)]
