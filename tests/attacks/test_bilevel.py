@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from blto.attacks.bilevel import CLEAN_IMAGES, REFERENCE_IMAGES, BilevelOptimisa
 from blto.attacks.blto import BLTO
 from blto.attacks.objective import similarities, whitening_basis
 from blto.attacks.untrained_generator import fresh_generator_trigger
-from blto.errors import ConfigError, Diverged, Interrupted
+from blto.errors import ConfigError, Diverged, Interrupted, Mismatch
 from blto.files import show
 from blto.poisoning import AdditiveTrigger, Budget, GeneratorTrigger
 from blto.pretraining.spec import OptimizerSpec
@@ -347,36 +349,53 @@ def test_the_same_seed_gives_the_same_trigger() -> None:
     assert other.trigger.identity != first.trigger.identity
 
 
+def interrupted(attack: BLTO, steps: int, surroundings: Surroundings) -> Interrupted:
+    """What crafting raises when SIGTERM comes within its step number `steps`."""
+    original = BilevelOptimisation.step
+
+    def stopping(self: BilevelOptimisation) -> object:
+        if self.position == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BilevelOptimisation, "step", stopping)
+        with pytest.raises(Interrupted) as caught:
+            attack.train_trigger(IMAGES, seed=0, surroundings=surroundings)
+    return caught.value
+
+
 @pytest.mark.parametrize("steps", [1, 3, 9, 17, 18])  # warm start, inner, outer; last of a period, first of the next
 @pytest.mark.parametrize("similarity", ["whitened", "raw"])
 @pytest.mark.parametrize(
     "generator", [GENERATOR, {"name": "resnet", "width": 4, "blocks": 1}]
 )  # the latter has dropout
 def test_crafting_resumes_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, similarity: str, generator: dict[str, object]
+    tmp_path: Path, steps: int, similarity: str, generator: dict[str, object]
 ) -> None:
     spec = tiny_bilevel(rounds=5, outer_steps=4, reinitialise_every=3, warm_start_steps=2, similarity=similarity)
     attack = BLTO(target_class=1, poison_rate=0.1, generator=generator, bilevel=spec)
     whole = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
-    original = BilevelOptimisation.step
-
-    def stopping(self: BilevelOptimisation) -> object:
-        if self.position == steps - 1:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BilevelOptimisation, "step", stopping)
-        with pytest.raises(Interrupted, match=f"stopped at step {steps} of 29") as caught:
-            attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path))
-    assert caught.value.exit_code == 143
+    caught = interrupted(attack, steps, Surroundings(folder=tmp_path))
+    assert f"stopped at step {steps} of 29" in str(caught)
+    assert caught.exit_code == 143
     resumed = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path, resume=True))
     assert resumed.trigger.identity == whole.trigger.identity
     assert resumed.trajectory == whole.trajectory
     assert [row["step"] for row in whole.trajectory] == [10, 20]
+
+
+def test_crafting_for_a_victim_of_another_rate_goes_on_where_the_surrogates_rate_is_the_same(tmp_path: Path) -> None:
+    spec = tiny_bilevel(inner_poison_rate=0.1)
+    first, other = (BLTO(target_class=1, poison_rate=rate, generator=GENERATOR, bilevel=spec) for rate in (0.1, 0.2))
+    whole = first.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
+    interrupted(first, 5, Surroundings(folder=tmp_path))
+    resumed = other.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path, resume=True))
+    assert resumed.trigger.identity == whole.trigger.identity
+    inherits = BLTO(target_class=1, poison_rate=0.2, generator=GENERATOR, bilevel=tiny_bilevel())
+    interrupted(first, 5, Surroundings(folder=tmp_path))
+    with pytest.raises(Mismatch):
+        inherits.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path, resume=True))
 
 
 @pytest.mark.parametrize("name", ATTACKS.names())
