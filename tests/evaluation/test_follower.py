@@ -12,7 +12,7 @@ from blto.evaluation import Follower, backdoor_metrics, extract, fit_probe
 from blto.models.encoder import build_encoder
 from tests.factories import TINY_BACKBONE, random_images
 
-PROBES: dict[str, dict[str, Any]] = {"linear": {}, "knn": {"k": 5}}
+PROBES: dict[str, dict[str, Any]] = {"linear": {"tolerance": 1e-5}, "knn": {"k": 5}}
 
 
 def test_a_follower_restores_the_mode_and_reads_no_effect_from_no_trigger() -> None:
