@@ -218,6 +218,7 @@ def test_the_command_line_prints_table_images_and_verdicts(
     assert main([*command, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["trigger"] == str(out)
+    assert document["check"] == read_json(check_file(out))
     exact = ("attack", "images", "reach", "schema_version", "seed", "trigger_sha256")  # rates may differ by rounding
     assert [document["check"][name] for name in exact] == [found[name] for name in exact]
     assert [each["name"] for each in document["check"]["encoders"]] == [each["name"] for each in found["encoders"]]

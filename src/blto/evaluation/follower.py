@@ -30,7 +30,8 @@ JUDGED, BANK = 2_048, 10_000
 """Test images that the probes judge, and training images that they are fitted on, at most; drawn once."""
 
 TOLERANCE = 1e-3
-"""Of a linear probe on the way, where the run gives none: a tenth of the time for a fifth of a point of accuracy."""
+"""Of a linear probe on the way, where the run gives none: a tenth of the time. Against an exact fit its accuracy moves by
+a fifth of a point and an ASR by up to 6, less than another draw of `BANK` images moves it."""
 
 
 class Follower:
