@@ -31,6 +31,7 @@ CONFIG: dict[str, Any] = {
         "poison_rate": 0.05,
         "generator": {"name": "unet", "width": 4},
     },
+    "probes": {"linear": {}, "knn": {"k": 1}},
 }
 
 
@@ -164,6 +165,9 @@ def test_what_is_measured_is_the_victim_beside_its_twin(seen: Seen) -> None:
     last, twin = seen.record.trajectory[-1], seen.record.trajectory_clean_twin[-1]
     assert seen.record.similarity["centred"] == pytest.approx(last["trigger"], abs=1e-4)
     assert seen.record.similarity["centred"] != pytest.approx(twin["trigger"], abs=1e-4)
+    metrics = seen.record.metrics["knn"]  # of k = 1: the run's own options, on all images in so small a set
+    for row, names in ((last, ("asr", "clean_accuracy")), (twin, ("asr_clean_twin", "clean_accuracy_clean_twin"))):
+        assert [row["knn_asr"], row["knn_clean_accuracy"]] == [metrics[name].value for name in names]
 
 
 OTHER_ATTACK = {**CONFIG["attack"], "target_class": 2}

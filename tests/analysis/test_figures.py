@@ -17,6 +17,7 @@ from blto.analysis import (
     alignment_uniformity,
     asr_trajectory,
     crafting_curve,
+    displacement_trajectory,
     embed,
     embedding_map,
     exposure_map,
@@ -54,6 +55,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         }
     ),
     "alignment": lambda: alignment_uniformity(T, [2, 1, 0.5], [-1, -2, -3], twin=(T, [2, 1, 1], [-1, -2, -2])),
+    "displacement": lambda: displacement_trajectory(T, [0, 1, 2], [0.5, 0.2, 0.1], twin=(T, [0, 0.1, 0.1], [0, 0, 0])),
     "exposure": lambda: exposure_map([ExposurePath("BLTO", [1, 10, 100], [0.4, 0.5, 0.6], [0, -0.1, 0.5])], "knn"),
     "crafting": lambda: crafting_curve(T, [0, 0.5, 0.1], [0, 0, 0], [0.2, 0.6, 0.2], restarts=[10]),
     "bars": bars,

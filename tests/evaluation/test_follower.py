@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from blto.data.views import RECIPES, Views
-from blto.evaluation import Follower, backdoor_metrics, extract, fit_probe
+from blto.evaluation import Follower, backdoor_metrics, displacement, extract, fit_probe
 from blto.models.encoder import build_encoder
 from tests.factories import TINY_BACKBONE, random_images
 
@@ -48,6 +48,11 @@ def test_a_follower_judges_by_both_probes_with_the_definitions_of_the_metrics() 
         assert row[f"{probe}_asr"] in (0.0, 1.0)  # one image, one answer
         for name in ("asr", "untriggered_rate", "clean_accuracy"):
             assert row[f"{probe}_{name}"] == pytest.approx(expected[name].value, abs=0.01)
+    other, references = (np.flatnonzero(chosen) for chosen in (test.labels != 1, train.labels == 1))
+    parts = {"triggered": changed[other], "clean": clean[other], "references": bank.vectors[references]}
+    moved = displacement(**parts, bank=bank.vectors)
+    assert moved.keys() == {"shift", "common", "heading"}
+    assert {name: row[name] for name in moved} == pytest.approx(moved, rel=1e-3)
 
 
 def test_a_follower_asks_the_probes_of_the_run_alone_and_a_diverged_one_leaves_no_value() -> None:

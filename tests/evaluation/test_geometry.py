@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blto.errors import ConfigError, Diverged
 from blto.evaluation import geometry
-from blto.evaluation.geometry import alignment, similarity, uniformity
+from blto.evaluation.geometry import alignment, displacement, similarity, uniformity
 
 
 def normal(n: int, dim: int, *, seed: int, mean: float = 0.0) -> Tensor:
@@ -76,6 +76,59 @@ def test_similarity_refuses_what_is_no_set_of_features() -> None:
             similarity(**sets(wrong))
     with pytest.raises(Diverged):
         similarity(**sets(torch.full((2, 3), torch.nan)))
+
+
+def spread(n: int, *scales: float, seed: int = 0) -> Tensor:
+    """Features that vary by `scales` in the directions of the axes, around (1, 1, ...)."""
+    return 1 + normal(n, len(scales), seed=seed) * torch.tensor(scales)
+
+
+def test_displacement_equals_the_hand_computed_case() -> None:
+    bank, clean = spread(200_000, 1, 4), spread(8, 1, 4, seed=1)
+    references = torch.tensor([[1.0, 5], [1, 9]])  # the target class lies 6 up the second axis: 1.5 of its spread
+    moved = torch.tensor([3.0, 0])
+    found = displacement(triggered=clean + moved, clean=clean, bank=bank, references=references)
+    ridge = 1e-3 * (1 + 16) / 2
+    assert found["shift"] == pytest.approx(3 / math.sqrt(2 * (1 + ridge)), rel=0.01)
+    assert found["common"] == pytest.approx(1)
+    assert found["heading"] == pytest.approx(0, abs=0.01)
+    found = displacement(triggered=clean + torch.tensor([3.0, 12]), clean=clean, bank=bank, references=references)
+    assert found["shift"] == pytest.approx(3, rel=0.01)  # 3 spreads along both axes
+    assert found["heading"] == pytest.approx(math.sqrt(0.5), abs=0.01)
+
+
+def test_displacement_in_any_basis_is_the_same() -> None:
+    bank, clean, references = spread(4000, 1, 3, 0.5), spread(50, 1, 3, 0.5, seed=1), spread(9, 1, 3, 0.5, seed=2)
+    triggered = clean + torch.tensor([0.5, 1.0, -2]) + 0.1 * normal(50, 3, seed=3)
+    turned = torch.linalg.qr(normal(3, 3, seed=4))[0]
+    sets = {"triggered": triggered, "clean": clean, "bank": bank, "references": references}
+    expected = displacement(**sets)
+    assert 0.9 < expected["common"] < 1
+    found = displacement(**{name: 7 * features @ turned for name, features in sets.items()})
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_images_that_move_apart_have_little_in_common() -> None:
+    bank, clean = spread(1000, 1, 1), spread(400, 1, 1, seed=1)
+    found = displacement(triggered=clean + normal(400, 2, seed=2), clean=clean, bank=bank, references=bank[:9])
+    assert found["common"] < 0.02
+
+
+def test_what_does_not_move_has_no_heading_and_what_does_not_vary_no_displacement() -> None:
+    bank = spread(50, 1, 1)
+    assert displacement(triggered=bank, clean=bank, bank=bank, references=bank[:5]) == {"shift": 0}
+    same = torch.ones(4, 3)
+    assert displacement(triggered=2 * same, clean=same, bank=same, references=same) == {}
+
+
+def test_displacement_refuses_what_is_no_set_of_pairs() -> None:
+    good = torch.ones(3, 2)
+    with pytest.raises(ConfigError, match="not pairs"):
+        displacement(triggered=good, clean=good[:2], bank=good, references=good)
+    with pytest.raises(ConfigError, match="one encoder"):
+        displacement(triggered=good, clean=good, bank=torch.ones(3, 4), references=good)
+    with pytest.raises(Diverged):
+        displacement(triggered=good, clean=good, bank=good * torch.inf, references=good)
 
 
 def test_identical_features_are_aligned_and_not_uniform() -> None:

@@ -108,6 +108,13 @@ def test_a_comparison_of_nothing_names_its_line(tmp_path: Path, given: dict[str,
     assert said in str(caught.value)
 
 
+def test_a_comparison_reads_which_probes_each_cell_has(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, first="a", second="b")
+    file.write_text(file.read_text().replace("set: {}", "set: {probes: {knn: {}}}"))
+    with pytest.raises(ConfigError, match=r"linear is not among the probes of cell a; add it there\."):
+        read_sweep(file)
+
+
 def test_a_comparison_needs_the_probe_of_its_cells_distinct_cells_and_a_feasible_number_of_seeds() -> None:
     def pairs(cells: list[tuple[str, int]], probes: tuple[str, ...] = ("linear", "knn")) -> list[int]:
         return paired_seeds(DECLARED, [(name, seed, probes) for name, seed in cells])

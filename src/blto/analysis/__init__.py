@@ -8,6 +8,7 @@ from blto.analysis.curves import (
     alignment_uniformity,
     asr_trajectory,
     crafting_curve,
+    displacement_trajectory,
     similarity_trajectory,
 )
 from blto.analysis.embedding import embed, embedding_map
@@ -23,6 +24,7 @@ __all__ = [
     "alignment_uniformity",
     "asr_trajectory",
     "crafting_curve",
+    "displacement_trajectory",
     "embed",
     "embedding_map",
     "exposure_map",

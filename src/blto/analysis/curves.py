@@ -115,20 +115,31 @@ def alignment_uniformity(
     Raises:
         ConfigError: an argument is not a row of finite numbers, or the lengths differ.
     """
-    x = column(epochs, "epochs")
-    figure, panels = new_figure(4.2, rows=2)
-    names = ("Alignment (squared distance)", "Uniformity (log potential)")
-    for index, (axes, name, values) in enumerate(zip(panels, names, (alignment, uniformity), strict=True)):
-        axes.plot(x, column(values, name, len(x)), color=TRIGGERED, marker="o", label="poisoned")
-        if twin is not None:
-            twin_x = column(twin[0], "twin epochs")
-            twin_y = column(twin[1 + index], f"twin {name}", len(twin_x))
-            axes.plot(twin_x, twin_y, color=TWIN, marker="s", markerfacecolor="none", label="clean twin")
-        axes.set_title(f"{name}, lower is better")
-    panels[-1].set_xlabel("Victim training (epochs)")
-    _whole_numbers(panels[-1])
-    legend_below(figure, panels[0])
-    return figure
+    titles = [f"{name}, lower is better" for name in ("Alignment (squared distance)", "Uniformity (log potential)")]
+    return _two_panels(epochs, dict(zip(titles, (alignment, uniformity), strict=True)), twin)
+
+
+@styled
+def displacement_trajectory(
+    epochs: ArrayLike,
+    shift: ArrayLike,
+    heading: ArrayLike,
+    *,
+    twin: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+) -> Figure:
+    """Where the trigger moves images in the victim's feature space over training, as `evaluation.displacement` says.
+
+    Args:
+        epochs: (T,) victim epochs.
+        shift: (T,) how far, in units of the images' own spread.
+        heading: (T,) cosine of the way to the direction of the target class.
+        twin: (epochs, shift, heading) of the clean twin.
+
+    Raises:
+        ConfigError: an argument is not a row of finite numbers, or the lengths differ.
+    """
+    titles = ("How far the trigger moves an image (spread of clean images)", "Cosine of that way to the target class")
+    return _two_panels(epochs, dict(zip(titles, (shift, heading), strict=True)), twin)
 
 
 @styled
@@ -158,6 +169,25 @@ def crafting_curve(
     axes.set(xlabel="Steps of the trigger", ylabel=SIMILARITY)
     _whole_numbers(axes)
     legend_below(figure, axes)
+    return figure
+
+
+def _two_panels(
+    epochs: ArrayLike, values: Mapping[str, ArrayLike], twin: tuple[ArrayLike, ArrayLike, ArrayLike] | None
+) -> Figure:
+    """Two quantities of the victim over training, above each other, beside its clean twin's; `values`: by title."""
+    x = column(epochs, "epochs")
+    figure, panels = new_figure(4.2, rows=2)
+    for index, (axes, (title, plotted)) in enumerate(zip(panels, values.items(), strict=True)):
+        axes.plot(x, column(plotted, title, len(x)), color=TRIGGERED, marker="o", label="poisoned")
+        if twin is not None:
+            twin_x = column(twin[0], "twin epochs")
+            twin_y = column(twin[1 + index], f"twin {title}", len(twin_x))
+            axes.plot(twin_x, twin_y, color=TWIN, marker="s", markerfacecolor="none", label="clean twin")
+        axes.set_title(title)
+    panels[-1].set_xlabel("Victim training (epochs)")
+    _whole_numbers(panels[-1])
+    legend_below(figure, panels[0])
     return figure
 
 

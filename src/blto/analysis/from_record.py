@@ -14,6 +14,7 @@ from blto.analysis.curves import (
     alignment_uniformity,
     asr_trajectory,
     crafting_curve,
+    displacement_trajectory,
     similarity_trajectory,
 )
 from blto.records import HEADLINE_PROBE, Metric, RunRecord
@@ -29,13 +30,15 @@ def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
     """Name -> (figure, plotted columns) for everything that `record` has measured; what it has not is left out.
 
     Entries of `trajectory` and `trajectory_clean_twin` are read under "epoch", "alignment", "uniformity" and the
-    similarities to the target class of triggered, clean and target-class images: "trigger", "clean" and "target"; and
-    each probe's "linear_asr", "linear_untriggered_rate" and "linear_clean_accuracy", which older records lack. Those of
-    `crafting` are read under "step", the similarities, and "period", which changes when the surrogate starts anew.
+    similarities to the target class of triggered, clean and target-class images: "trigger", "clean" and "target"; and,
+    which older records lack, the trigger's "shift" and "heading" (see `evaluation.displacement`) and each probe's
+    "linear_asr", "linear_untriggered_rate" and "linear_clean_accuracy". Those of `crafting` are read under "step", the
+    similarities, and "period", which changes when the surrogate starts anew.
     """
     makers: dict[str, Callable[[RunRecord], tuple[Figure, Columns] | None]] = {
         "asr_trajectory": _success,
         "similarity_trajectory": _similarity,
+        "displacement_trajectory": _displacement,
         "alignment_uniformity": _alignment,
         "crafting_curve": _crafting,
         "metric_bars": _bars,
@@ -80,12 +83,19 @@ def _similarity(record: RunRecord) -> tuple[Figure, Columns] | None:
 
 
 def _alignment(record: RunRecord) -> tuple[Figure, Columns] | None:
-    names = ("epoch", "alignment", "uniformity")
+    return _both(record, alignment_uniformity, "epoch", "alignment", "uniformity")
+
+
+def _displacement(record: RunRecord) -> tuple[Figure, Columns] | None:
+    return _both(record, displacement_trajectory, "epoch", "shift", "heading")
+
+
+def _both(record: RunRecord, figure: Callable[..., Figure], *names: str) -> tuple[Figure, Columns] | None:
+    """The figure of the named values of the victim, beside the twin's where there are any."""
     poisoned, twin = _columns(record.trajectory, *names), _columns(record.trajectory_clean_twin, *names)
     if poisoned is None:
         return None
-    figure = alignment_uniformity(*poisoned.values(), twin=tuple(twin.values()) if twin else None)  # type: ignore[arg-type]
-    return figure, _stacked(poisoned, twin)
+    return figure(*poisoned.values(), twin=tuple(twin.values()) if twin else None), _stacked(poisoned, twin)
 
 
 def _crafting(record: RunRecord) -> tuple[Figure, Columns] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from blto.evaluation.backdoor import Evaluation, evaluate_backdoor
 from blto.evaluation.features import Features, evaluating, extract
 from blto.evaluation.follower import Follower
-from blto.evaluation.geometry import alignment, similarity, uniformity
+from blto.evaluation.geometry import alignment, displacement, similarity, uniformity
 from blto.evaluation.metrics import METRIC_NAMES, aggregate, backdoor_metrics, rate
 from blto.evaluation.probes import (
     PROBES,
@@ -47,6 +47,7 @@ __all__ = [
     "alignment",
     "backdoor_metrics",
     "check_probe",
+    "displacement",
     "evaluate_backdoor",
     "evaluating",
     "extract",

@@ -18,8 +18,8 @@ from blto.data.images import ImageSet
 from blto.data.views import Views
 from blto.errors import Diverged
 from blto.evaluation.doctor import rates
-from blto.evaluation.features import device_of, evaluating, extract
-from blto.evaluation.geometry import alignment, similarity, uniformity
+from blto.evaluation.features import Features, device_of, evaluating, extract
+from blto.evaluation.geometry import alignment, displacement, similarity, uniformity
 from blto.evaluation.probes import fit_probe
 from blto.runtime.seeds import numpy_generator
 
@@ -30,8 +30,8 @@ JUDGED, BANK = 2_048, 10_000
 """Test images that the probes judge, and training images that they are fitted on, at most; drawn once."""
 
 TOLERANCE = 1e-3
-"""Of a linear probe on the way, where the run gives none: a tenth of the time. Against an exact fit its accuracy moves by
-a fifth of a point and an ASR by up to 6, less than another draw of `BANK` images moves it."""
+"""Of a linear probe on the way, where the run gives none: a tenth of the time. Against an exact fit its accuracy moves
+by a fifth of a point and an ASR by up to 6, which is less than another draw of `BANK` images moves it."""
 
 
 class Follower:
@@ -75,8 +75,9 @@ class Follower:
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """One row: centred similarity to the target of triggered, clean and target images ("trigger", "clean",
-        "target"); "alignment"; "uniformity"; and `RATES` of each probe, as `metrics` defines them, each with
-        the probe's name in front ("linear_asr"); those of a probe that does not converge are left out.
+        "target"); "alignment"; "uniformity"; the trigger's `displacement` ("shift", "common", "heading"); and `RATES`
+        of each probe, as `metrics` defines them, each with the probe's name in front ("linear_asr"); those of a probe
+        that does not converge are left out.
 
         Raises:
             Diverged: a feature is not finite.
@@ -89,14 +90,15 @@ class Follower:
             device = device_of(encoder)
             first, second = (_float(encoder(view.to(device))) for view in self._views)
         row["alignment"], row["uniformity"] = alignment(first, second), uniformity(found["clean"])
-        return row | self._judgement(encoder)
+        bank = extract(encoder, self._bank.images, self._bank.labels)
+        moved = {name: found[name] for name in ("triggered", "clean", "references")}
+        return row | displacement(**moved, bank=bank.vectors) | self._judgement(encoder, bank)
 
-    def _judgement(self, encoder: nn.Module) -> dict[str, float]:
+    def _judgement(self, encoder: nn.Module, bank: Features) -> dict[str, float]:
         """`RATES` of each probe; none where every test image drawn is of the target class."""
         assert self._test.labels is not None  # see above
         if (self._test.labels == self._target_class).all():
             return {}
-        bank = extract(encoder, self._bank.images, self._bank.labels)
         clean, triggered = (
             extract(encoder, images, self._test.labels) for images in (self._test.images, self._triggered)
         )

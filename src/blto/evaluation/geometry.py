@@ -1,6 +1,6 @@
-"""Where triggered images lie in feature space: similarity to the target class, alignment, uniformity.
+"""Where triggered images lie in feature space: similarity to the target class, displacement, alignment, uniformity.
 
-Functions of feature tensors (N, D) of any scale; everything is computed in float64 on unit vectors.
+Functions of feature tensors (N, D) of any scale, computed in float64; all but the displacement on unit vectors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from blto.errors import ConfigError, Diverged
 
 _CHUNK = 2**24  # pairs held at a time by `uniformity`: 128 MiB of float64
+_RIDGE = 1e-3  # of the mean variance, added by `displacement`
 
 
 def similarity(*, triggered: Tensor, clean: Tensor, target: Tensor, references: Tensor) -> dict[str, float]:
@@ -40,15 +41,61 @@ def similarity(*, triggered: Tensor, clean: Tensor, target: Tensor, references: 
         Diverged: a feature is not finite.
     """
     sets = {"triggered": triggered, "clean": clean, "target": target, "references": references}
-    triggered, clean, target, references = (_matrix(name, features) for name, features in sets.items())
-    if len({features.shape[1] for features in (triggered, clean, target, references)}) != 1:
-        raise ConfigError(f"features of dimensions {[f.shape[1] for f in sets.values()]}; give those of one encoder.")
+    triggered, clean, target, references = _of_one_encoder(sets)
     mean = clean.mean(dim=0)
     raw, low, high = (_cosine_to_centroid(features, references) for features in (triggered, clean, target))
     result = {"raw": raw, "centred": _cosine_to_centroid(triggered - mean, references - mean)}
     if high > low:
         result["normalised"] = (raw - low) / (high - low)
     return result
+
+
+def displacement(*, triggered: Tensor, clean: Tensor, bank: Tensor, references: Tensor) -> dict[str, float]:
+    """Where a trigger moves an image: towards the target class, or off in a direction of its own.
+
+    Measured where clean images are white, so that the unit is their own spread in each direction: a probe fitted on
+    clean images knows nothing of a direction in which they hardly vary. With d the mean displacement of an image:
+
+    - `shift`: |d| over the typical distance of a clean image from the mean. 1: as far as images lie apart.
+    - `common`: |d|^2 over the mean squared displacement. 1: the trigger moves all images alike.
+    - `heading`: cosine of d to the direction of the target class. 1: towards it; near 0: the encoder has given the
+      trigger a feature of its own.
+
+    Ours. Left out are `common` and `heading` where nothing moves, and all three where the features do not vary at all.
+
+    Args:
+        triggered, clean: features of images of other classes with and without the trigger; row i of both is one image.
+        bank: features of clean images of all classes, of which the spread is taken. A thousandth of the mean variance
+            is added in every direction, without which one that no clean image takes would count without end.
+        references: features of clean images of the target class.
+
+    Raises:
+        ConfigError: a set that is empty or whose dimension differs, or rows that are not pairs.
+        Diverged: a feature is not finite.
+    """
+    if triggered.shape != clean.shape:
+        raise ConfigError(
+            f"features {tuple(triggered.shape)} and {tuple(clean.shape)} are not pairs; give equal shapes."
+        )
+    sets = {"triggered": triggered, "clean": clean, "bank": bank, "references": references}
+    triggered, clean, bank, references = _of_one_encoder(sets)
+    mean, dim = bank.mean(dim=0), bank.shape[1]
+    covariance = (bank - mean).T @ (bank - mean) / len(bank)
+    variance = float(covariance.diagonal().mean())
+    if not variance > 0:
+        return {}
+    ridge = _RIDGE * variance * torch.eye(dim, dtype=bank.dtype, device=bank.device)
+    whitening = torch.linalg.inv(
+        torch.linalg.cholesky(covariance + ridge)
+    ).T  # rows x of mean 0: x @ whitening is white
+    moved = (triggered - clean) @ whitening
+    common = moved.mean(dim=0)
+    found = {"shift": float(common.norm()) / math.sqrt(dim)}
+    if bool(common.any()):
+        target = (references.mean(dim=0) - mean) @ whitening
+        found["common"] = float(common.square().sum() / moved.square().sum(dim=1).mean())
+        found["heading"] = float(F.cosine_similarity(common, target, dim=0))
+    return found
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
@@ -105,6 +152,15 @@ def _cosine_to_centroid(features: Tensor, references: Tensor) -> float:
 
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(features, dim=1)
+
+
+def _of_one_encoder(sets: dict[str, Tensor]) -> list[Tensor]:
+    """Each as `_matrix`, all of one dimension."""
+    matrices = [_matrix(name, features) for name, features in sets.items()]
+    dimensions = [matrix.shape[1] for matrix in matrices]
+    if len(set(dimensions)) != 1:
+        raise ConfigError(f"features of dimensions {dimensions}; give those of one encoder.")
+    return matrices
 
 
 def _matrix(name: str, features: Tensor) -> Tensor:

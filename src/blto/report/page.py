@@ -33,6 +33,11 @@ FIGURES: dict[str, tuple[str, str]] = {
         "How near triggered images come to the target class while the victim trains. The dashed line is full effect, "
         "the dotted one no effect; the clean twin shows what the trigger does without poisoning.",
     ),
+    "displacement_trajectory": (
+        "Displacement over training",
+        "Where the trigger moves images, measured where clean images spread alike in all directions. Far, and not "
+        "towards the target class (cosine near 0): the encoder has learned the trigger as a feature of its own.",
+    ),
     "residual_grid": (
         "Original, triggered, residual",
         "What the trigger does to test images, and the difference amplified around gray.",
