@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blto import experiment
+from blto import experiment, outcome
 from blto.attacks.base import Surroundings, TrainedTrigger, poison_with
 from blto.attacks.bilevel_spec import learned_from
 from blto.attacks.untrained_generator import UntrainedGenerator
 from blto.data.images import ImageSet
-from blto.errors import ConfigError
+from blto.errors import ConfigError, Interrupted
 from blto.experiment import Data, Environment, ExperimentSpec, craft_stage, load_data, pretrain_stage
+from blto.files import read_json
 from blto.poisoning import apply_to_uint8, load_trigger
 from blto.pretraining.loop import Pretrained, pretrain
-from blto.records import RunRecord, RunStore
+from blto.records import RunRecord, RunStore, StageFolder
+from blto.runtime.interrupts import stop_requests, stopping_at
 from tests.tiny_experiment import TINY_EXPERIMENT
 
 SHARE = 0.25  # 3 of the 12 training images of each class
@@ -168,6 +172,26 @@ def test_what_is_measured_is_the_victim_beside_its_twin(seen: Seen) -> None:
     metrics = seen.record.metrics["knn"]  # of k = 1: the run's own options, on all images in so small a set
     for row, names in ((last, ("asr", "clean_accuracy")), (twin, ("asr_clean_twin", "clean_accuracy_clean_twin"))):
         assert [row["knn_asr"], row["knn_clean_accuracy"]] == [metrics[name].value for name in names]
+
+
+def test_a_signal_to_a_sweep_is_heard_between_two_measurements_and_the_end_of_its_time_is_not(seen: Seen) -> None:
+    stages = seen.record.provenance["stages"]
+    folder = seen.folder.parent / "stages" / stages["victim"]
+    victim = StageFolder(folder, "pretrain", read_json(folder / "stage.json")["inputs"])
+    measured: list[Any] = []
+
+    def follow(encoder: Any) -> dict[str, float]:
+        measured.append(encoder)
+        if len(measured) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with stopping_at(0.0), stop_requests() as stop:
+        assert [row["epoch"] for row in outcome.trajectory(victim, follow, "cpu")] == [0, 1, 2]  # type: ignore[arg-type]
+        with pytest.raises(Interrupted) as caught:
+            outcome.trajectory(victim, follow, "cpu")  # type: ignore[arg-type]
+    assert len(measured) == 5
+    assert stop.signal_number == caught.value.signal_number == signal.SIGTERM
 
 
 OTHER_ATTACK = {**CONFIG["attack"], "target_class": 2}

@@ -31,6 +31,7 @@ from blto.poisoning.manifest import build_manifest
 from blto.pretraining.snapshots import snapshots
 from blto.records import RunRecord, StageFolder, took
 from blto.runtime.device import processor_name
+from blto.runtime.interrupts import heed_signals
 
 TRIGGER, ENCODER, LOG = "trigger.safetensors", "encoder.safetensors", "log.jsonl"
 
@@ -112,7 +113,11 @@ def conclude(
 def trajectory(stage: StageFolder, follow: Follower, device: str) -> list[dict[str, Any]]:
     """Loss and measured values at every snapshot of one training."""
     rows = {int(row["epoch"]): row for row in stage.facts["trajectory"]}
-    return [{**rows[epoch], **follow(encoder.to(device))} for epoch, encoder in snapshots(stage.path / "snapshots")]
+    entries: list[dict[str, Any]] = []
+    for epoch, encoder in snapshots(stage.path / "snapshots"):
+        heed_signals()
+        entries.append({**rows[epoch], **follow(encoder.to(device))})
+    return entries
 
 
 def log_of(stages: Mapping[str, StageFolder]) -> str:

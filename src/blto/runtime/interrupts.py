@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from blto.errors import Interrupted
+
 _moments: list[float] = []  # of the blocks of `stopping_at` around what runs now
 _requests: list[StopRequest] = []  # of the blocks of `stop_requests`, the innermost last
 
@@ -37,6 +39,17 @@ def stopping_at(moment: float | None) -> Iterator[None]:
         yield
     finally:
         _moments.pop()
+
+
+def heed_signals() -> None:
+    """For work of many parts that keeps nothing in between: stop here if a signal came.
+
+    Raises:
+        Interrupted: a block of `stop_requests` around what runs now has caught one. Outside of all blocks a signal
+            needs no such help. The end of a given time does not count: what has no steps is finished.
+    """
+    if _requests and (number := _requests[-1].signal_number) is not None:
+        raise Interrupted("stopped; finished stages and the last checkpoint are kept.", signal_number=number)
 
 
 @contextmanager
