@@ -100,6 +100,36 @@ def levers_table(file: Path) -> str:
     return "\n".join(lines)
 
 
+def displacement_table(gates: Sequence[Path]) -> str:
+    """A row a cell of any gate: where the trigger moves images at the end, on the victim and on its clean twin."""
+    lines = header(("Cell", "Shift, twin's", "Common, twin's", "Heading, twin's", "ASR (linear)", "ASR (kNN)"))
+    for name, record in (cell for gate in gates for cell in cells(gate)):
+        ends = [entries[-1] for entries in (record.trajectory, record.trajectory_clean_twin) if entries]
+        if len(ends) < 2 or any("heading" not in end for end in ends):
+            continue
+        values = [", ".join(f"{end[key]:.2f}" for end in ends) for key in ("shift", "common", "heading")]
+        rates = [record.metric("asr", probe) for probe in ("linear", "knn")]
+        lines.append(f"| {' | '.join([name, *values, *(percent(of.value if of else None) for of in rates)])} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+
+
+def draws_table(file: Path) -> str:
+    """A row for each encoder and probe of `benchmarks.probe_draws`: its ASR by draws of the probe's images."""
+    if not file.exists():
+        return "Not run yet."
+    measured = read_jsonl(file)
+    sizes = sorted(
+        {int(size) for line in measured for probes in line["asr"].values() for of in probes.values() for size in of}
+    )
+    lines = header(("Run", "Encoder", "Probe", *(f"{size:,} images" for size in sizes)))
+    for line in measured:
+        for encoder, probes in line["asr"].items():
+            for probe, found in probes.items():
+                values = [", ".join(f"{value:.1f}%" for value in found.get(str(size), [])) for size in sizes]
+                lines.append(f"| {' | '.join([line['run'], encoder, probe, *values])} |")
+    return "\n".join(lines)
+
+
 def row(name: str, record: RunRecord) -> list[str]:
     """One cell of a table."""
     values: list[str] = []
@@ -136,11 +166,13 @@ def path_of(record: RunRecord, probe: str) -> ExposurePath | None:
 
 
 def draw_curves(gate: Path) -> None:
-    """ASR against epoch of every cell's first seed."""
+    """ASR and displacement against epoch of every cell's first seed."""
     for name, group in groupby(cells(gate), key=lambda cell: cell[0]):
         _, record = next(group)
-        if (drawn := record_figures(record).get("asr_trajectory")) is not None:
-            save_figure(drawn[0], FIGURES / f"{gate.name}_{name}_asr", drawn[1])
+        drawn = record_figures(record)
+        for figure, short in (("asr_trajectory", "asr"), ("displacement_trajectory", "displacement")):
+            if figure in drawn:
+                save_figure(drawn[figure][0], FIGURES / f"{gate.name}_{name}_{short}", drawn[figure][1])
 
 
 def draw_map(gates: Sequence[Path], probe: str) -> None:

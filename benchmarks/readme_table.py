@@ -17,7 +17,7 @@ from blto.report.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "engine.md", ROOT / "docs" / "findings.md")
-GATES = ("gate1", "gate4", "gate5")
+GATES = ("gate1", "gate4", "gate4_levers", "gate5")
 FOREIGN_LIMIT = 0.25
 """As in `timing`, which imports torch."""
 COLUMNS = (
@@ -174,6 +174,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "recipes": recipe_table,
     "gate2": lambda results: findings.checks_table(results / "gate2"),
     "levers": lambda results: findings.levers_table(results / "levers.jsonl"),
+    "displacement": lambda results: findings.displacement_table(sorted(results.glob("gate*"))),
+    "draws": lambda results: findings.draws_table(results / "probe_draws.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},
 }
 

@@ -48,6 +48,27 @@ def test_a_table_has_a_row_a_cell_and_the_spread_over_the_last_snapshots(tmp_pat
     assert lines[4].startswith("5,000 held-out training images.")
 
 
+def test_the_table_of_displacements_shows_the_last_snapshot_of_victim_and_twin(tmp_path: Path) -> None:
+    assert findings.displacement_table([tmp_path]) == "Not measured yet."
+    store = RunStore(tmp_path / "gate9")
+    store.save(record(run_id="old-s7-0123456789"))  # which has not measured it
+    rows = [{"epoch": e, "shift": e / 2, "common": 0.5, "heading": 0.25} for e in (0.0, 1.0)]
+    twin = [{**rows[1], "shift": 0.1}]
+    store.save(record(run_id="new-s7-0123456789", trajectory=rows, trajectory_clean_twin=twin))
+    (line,) = findings.displacement_table([tmp_path / "gate9"]).splitlines()[2:]
+    assert line == "| new | 0.50, 0.10 | 0.50, 0.50 | 0.25, 0.25 | 60.0% | \N{EN DASH} |"
+
+
+def test_the_table_of_draws_has_a_row_an_encoder_and_probe(tmp_path: Path) -> None:
+    file = tmp_path / "draws.jsonl"
+    assert findings.draws_table(file) == "Not run yet."
+    asr = {"victim": {"linear": {"10000": [1.0, 2.0], "45000": [3.0]}}, "clean twin": {"linear": {"45000": [0.5]}}}
+    append_jsonl(file, {"run": "r", "attack": "blto", "asr": asr})
+    lines = findings.draws_table(file).splitlines()
+    assert lines[0] == "| Run | Encoder | Probe | 10,000 images | 45,000 images |"
+    assert lines[2:] == ["| r | clean twin | linear |  | 0.5% |", "| r | victim | linear | 1.0%, 2.0% | 3.0% |"]
+
+
 def test_the_table_of_levers_names_both_encoders(tmp_path: Path) -> None:
     file = tmp_path / "levers.jsonl"
     assert findings.levers_table(file) == "Not run yet."
