@@ -102,12 +102,12 @@ def levers_table(file: Path) -> str:
 
 def displacement_table(gates: Sequence[Path]) -> str:
     """A row a cell of any gate: where the trigger moves images at the end, on the victim and on its clean twin."""
-    lines = header(("Cell", "Shift, twin's", "Common, twin's", "Heading, twin's", "ASR (linear)", "ASR (kNN)"))
+    lines = header(("Cell", "Shift, twin's", "Advance, twin's", "Heading, twin's", "ASR (linear)", "ASR (kNN)"))
     for name, record in (cell for gate in gates for cell in cells(gate)):
         ends = [entries[-1] for entries in (record.trajectory, record.trajectory_clean_twin) if entries]
         if len(ends) < 2 or any("heading" not in end for end in ends):
             continue
-        values = [", ".join(f"{end[key]:.2f}" for end in ends) for key in ("shift", "common", "heading")]
+        values = [", ".join(f"{end[key]:.2f}" for end in ends) for key in ("shift", "advance", "heading")]
         rates = [record.metric("asr", probe) for probe in ("linear", "knn")]
         lines.append(f"| {' | '.join([name, *values, *(percent(of.value if of else None) for of in rates)])} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."

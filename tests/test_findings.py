@@ -52,7 +52,7 @@ def test_the_table_of_displacements_shows_the_last_snapshot_of_victim_and_twin(t
     assert findings.displacement_table([tmp_path]) == "Not measured yet."
     store = RunStore(tmp_path / "gate9")
     store.save(record(run_id="old-s7-0123456789"))  # which has not measured it
-    rows = [{"epoch": e, "shift": e / 2, "common": 0.5, "heading": 0.25} for e in (0.0, 1.0)]
+    rows = [{"epoch": e, "shift": e / 2, "advance": 0.5, "heading": 0.25} for e in (0.0, 1.0)]
     twin = [{**rows[1], "shift": 0.1}]
     store.save(record(run_id="new-s7-0123456789", trajectory=rows, trajectory_clean_twin=twin))
     (line,) = findings.displacement_table([tmp_path / "gate9"]).splitlines()[2:]

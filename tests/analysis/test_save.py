@@ -88,12 +88,14 @@ def test_success_over_training_has_a_panel_a_probe_that_judged_every_epoch() -> 
 
 
 def test_the_displacement_stands_beside_the_clean_twins() -> None:
-    rows = [{**row, "shift": row["epoch"] / 10, "heading": 0.5 - row["epoch"] / 40} for row in ROWS]
+    rows = [{**row, "shift": row["epoch"] / 10, "advance": 0.5 - row["epoch"] / 40} for row in ROWS]
     figure, data = record_figures(record(trajectory=rows, trajectory_clean_twin=rows[:2]))["displacement_trajectory"]
     assert data["shift"] == [0, 1, 2, 0, 1]
-    assert data["heading"] == [0.5, 0.25, 0, 0.5, 0.25]
+    assert data["advance"] == [0.5, 0.25, 0, 0.5, 0.25]
     assert lines(figure, "poisoned") == [(0, 0), (10, 1), (20, 2), (0, 0.5), (10, 0.25), (20, 0)]
     assert lines(figure, "clean twin") == [(0, 0), (10, 1), (0, 0.5), (10, 0.25)]
+    collapsed = [rows[0], ROWS[1], rows[2]]
+    assert record_figures(record(trajectory=collapsed))["displacement_trajectory"][1]["epoch"] == [0, 20]
     assert "displacement_trajectory" not in record_figures(record())  # of records that have not measured it
 
 

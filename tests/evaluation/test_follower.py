@@ -9,6 +9,7 @@ import pytest
 
 from blto.data.views import RECIPES, Views
 from blto.evaluation import Follower, backdoor_metrics, displacement, extract, fit_probe
+from blto.evaluation.follower import TOLERANCE
 from blto.models.encoder import build_encoder
 from tests.factories import TINY_BACKBONE, random_images
 
@@ -51,7 +52,7 @@ def test_a_follower_judges_by_both_probes_with_the_definitions_of_the_metrics() 
     other, references = (np.flatnonzero(chosen) for chosen in (test.labels != 1, train.labels == 1))
     parts = {"triggered": changed[other], "clean": clean[other], "references": bank.vectors[references]}
     moved = displacement(**parts, bank=bank.vectors)
-    assert moved.keys() == {"shift", "common", "heading"}
+    assert moved.keys() == {"shift", "advance", "common", "heading"}
     assert {name: row[name] for name in moved} == pytest.approx(moved, rel=1e-3)
 
 
@@ -64,6 +65,24 @@ def test_a_follower_asks_the_probes_of_the_run_alone_and_a_diverged_one_leaves_n
     row = Follower(train, test, test.images, 1, views, {"linear": {"max_iterations": 1, "tolerance": 1e-8}})(encoder)
     assert "linear_asr" not in row
     assert "trigger" in row
+
+
+def test_a_linear_probe_on_the_way_is_fitted_less_exactly_where_the_run_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def fit(name: str, *args: Any, **options: Any) -> Any:
+        given.append(options)
+        return fit_probe(name, *args, **options)
+
+    monkeypatch.setattr("blto.evaluation.follower.fit_probe", fit)
+    train, test = random_images(60), random_images(40, seed=1)
+    views = Views(RECIPES["simclr_cifar"], test.image_size)
+    asked: list[dict[str, dict[str, Any]]] = [{"linear": {}}, {"linear": {"tolerance": 1e-5}}, {"knn": {}}]
+    for probes in asked:
+        Follower(train, test, test.images, 1, views, probes)(build_encoder(TINY_BACKBONE, seed=0, image_size=16))
+    assert given == [{"tolerance": TOLERANCE}, {"tolerance": 1e-5}, {}]
 
 
 def test_test_images_of_the_target_class_alone_are_not_judged() -> None:

@@ -88,13 +88,22 @@ def test_displacement_equals_the_hand_computed_case() -> None:
     references = torch.tensor([[1.0, 5], [1, 9]])  # the target class lies 6 up the second axis: 1.5 of its spread
     moved = torch.tensor([3.0, 0])
     found = displacement(triggered=clean + moved, clean=clean, bank=bank, references=references)
-    ridge = 1e-3 * (1 + 16) / 2
-    assert found["shift"] == pytest.approx(3 / math.sqrt(2 * (1 + ridge)), rel=0.01)
+    assert found["shift"] == pytest.approx(3 / math.sqrt(2), rel=0.01)
     assert found["common"] == pytest.approx(1)
     assert found["heading"] == pytest.approx(0, abs=0.01)
+    assert found["advance"] == pytest.approx(0, abs=0.01)
     found = displacement(triggered=clean + torch.tensor([3.0, 12]), clean=clean, bank=bank, references=references)
     assert found["shift"] == pytest.approx(3, rel=0.01)  # 3 spreads along both axes
     assert found["heading"] == pytest.approx(math.sqrt(0.5), abs=0.01)
+    assert found["advance"] == pytest.approx(2, abs=0.01)  # 12 of 6
+
+
+def test_directions_in_which_nothing_varies_do_not_shorten_the_shift() -> None:
+    bank, clean, references = spread(5000, 1, 4), spread(50, 1, 4, seed=1), spread(9, 1, 4, seed=2)
+    sets = {"triggered": clean + 1, "clean": clean, "bank": bank, "references": references}
+    expected = displacement(**sets)
+    dead = {name: torch.cat([features, torch.zeros(len(features), 6)], dim=1) for name, features in sets.items()}
+    assert displacement(**dead)["shift"] == pytest.approx(expected["shift"], rel=0.01)
 
 
 def test_displacement_in_any_basis_is_the_same() -> None:
@@ -116,9 +125,13 @@ def test_images_that_move_apart_have_little_in_common() -> None:
 
 def test_what_does_not_move_has_no_heading_and_what_does_not_vary_no_displacement() -> None:
     bank = spread(50, 1, 1)
-    assert displacement(triggered=bank, clean=bank, bank=bank, references=bank[:5]) == {"shift": 0}
+    still = displacement(triggered=bank, clean=bank, bank=bank, references=bank[:5])
+    assert still == {"shift": 0, "advance": 0}
+    nowhere = displacement(triggered=bank + 1, clean=bank, bank=bank, references=bank.double().mean(dim=0)[None])
+    assert "advance" not in nowhere  # towards a class that lies in the middle of all
     same = torch.ones(4, 3)
-    assert displacement(triggered=2 * same, clean=same, bank=same, references=same) == {}
+    for rounding in (0, 1e-7 * normal(4, 3, seed=1)):  # a collapsed encoder
+        assert displacement(triggered=2 * same, clean=same, bank=same + rounding, references=same) == {}
 
 
 def test_displacement_refuses_what_is_no_set_of_pairs() -> None:

@@ -123,7 +123,7 @@ def alignment_uniformity(
 def displacement_trajectory(
     epochs: ArrayLike,
     shift: ArrayLike,
-    heading: ArrayLike,
+    advance: ArrayLike,
     *,
     twin: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
 ) -> Figure:
@@ -132,14 +132,14 @@ def displacement_trajectory(
     Args:
         epochs: (T,) victim epochs.
         shift: (T,) how far, in units of the images' own spread.
-        heading: (T,) cosine of the way to the direction of the target class.
-        twin: (epochs, shift, heading) of the clean twin.
+        advance: (T,) how far towards the target class; 1 is as far from the middle as its own images lie.
+        twin: (epochs, shift, advance) of the clean twin.
 
     Raises:
         ConfigError: an argument is not a row of finite numbers, or the lengths differ.
     """
-    titles = ("How far the trigger moves an image (spread of clean images)", "Cosine of that way to the target class")
-    return _two_panels(epochs, dict(zip(titles, (shift, heading), strict=True)), twin)
+    titles = ("Shift by the trigger (1: as far as images lie apart)", "Of it towards the target class (1: all the way)")
+    return _two_panels(epochs, dict(zip(titles, (shift, advance), strict=True)), twin)
 
 
 @styled

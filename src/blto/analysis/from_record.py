@@ -31,7 +31,7 @@ def record_figures(record: RunRecord) -> dict[str, tuple[Figure, Columns]]:
 
     Entries of `trajectory` and `trajectory_clean_twin` are read under "epoch", "alignment", "uniformity" and the
     similarities to the target class of triggered, clean and target-class images: "trigger", "clean" and "target"; and,
-    which older records lack, the trigger's "shift" and "heading" (see `evaluation.displacement`) and each probe's
+    which older records lack, the trigger's "shift" and "advance" (see `evaluation.displacement`) and each probe's
     "linear_asr", "linear_untriggered_rate" and "linear_clean_accuracy". Those of `crafting` are read under "step", the
     similarities, and "period", which changes when the surrogate starts anew.
     """
@@ -87,7 +87,12 @@ def _alignment(record: RunRecord) -> tuple[Figure, Columns] | None:
 
 
 def _displacement(record: RunRecord) -> tuple[Figure, Columns] | None:
-    return _both(record, displacement_trajectory, "epoch", "shift", "heading")
+    names = ("epoch", "shift", "advance")  # a collapsed encoder on the way has none
+    rows = {
+        key: [entry for entry in getattr(record, key) if all(name in entry for name in names)]
+        for key in ("trajectory", "trajectory_clean_twin")
+    }
+    return _both(record.model_copy(update=rows), displacement_trajectory, *names)
 
 
 def _both(record: RunRecord, figure: Callable[..., Figure], *names: str) -> tuple[Figure, Columns] | None:

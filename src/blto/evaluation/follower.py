@@ -30,8 +30,8 @@ JUDGED, BANK = 2_048, 10_000
 """Test images that the probes judge, and training images that they are fitted on, at most; drawn once."""
 
 TOLERANCE = 1e-3
-"""Of a linear probe on the way, where the run gives none: a tenth of the time. Against an exact fit its accuracy moves
-by a fifth of a point and an ASR by up to 6, which is less than another draw of `BANK` images moves it."""
+"""Of a linear probe on the way, where the run gives none: a tenth of the time. It is the same probe up to a few points
+of an ASR, where another draw of `BANK` images is worth more (docs/findings.md)."""
 
 
 class Follower:
@@ -75,7 +75,7 @@ class Follower:
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """One row: centred similarity to the target of triggered, clean and target images ("trigger", "clean",
-        "target"); "alignment"; "uniformity"; the trigger's `displacement` ("shift", "common", "heading"); and `RATES`
+        "target"); "alignment"; "uniformity"; its `displacement` ("shift", "advance", "common", "heading"); and `RATES`
         of each probe, as `metrics` defines them, each with the probe's name in front ("linear_asr"); those of a probe
         that does not converge are left out.
 

@@ -53,15 +53,16 @@ def similarity(*, triggered: Tensor, clean: Tensor, target: Tensor, references: 
 def displacement(*, triggered: Tensor, clean: Tensor, bank: Tensor, references: Tensor) -> dict[str, float]:
     """Where a trigger moves an image: towards the target class, or off in a direction of its own.
 
-    Measured where clean images are white, so that the unit is their own spread in each direction: a probe fitted on
-    clean images knows nothing of a direction in which they hardly vary. With d the mean displacement of an image:
+    Measured where clean images are white, that is in units of their own spread in each direction. With d the mean
+    displacement of an image and t the way from the mean of all images to that of the target class:
 
     - `shift`: |d| over the typical distance of a clean image from the mean. 1: as far as images lie apart.
     - `common`: |d|^2 over the mean squared displacement. 1: the trigger moves all images alike.
-    - `heading`: cosine of d to the direction of the target class. 1: towards it; near 0: the encoder has given the
-      trigger a feature of its own.
+    - `advance`: d.t / t.t. 1: an image from the middle comes as far towards the target class as its own images lie.
+    - `heading`: cosine of d and t. Beside a clean twin's: a longer shift with a smaller heading says that training on
+      the trigger has added a movement which does not lead to the target class.
 
-    Ours. Left out are `common` and `heading` where nothing moves, and all three where the features do not vary at all.
+    Ours. Left out is what has no meaning: `common` and `heading` where nothing moves, all four where nothing varies.
 
     Args:
         triggered, clean: features of images of other classes with and without the trigger; row i of both is one image.
@@ -79,22 +80,22 @@ def displacement(*, triggered: Tensor, clean: Tensor, bank: Tensor, references: 
         )
     sets = {"triggered": triggered, "clean": clean, "bank": bank, "references": references}
     triggered, clean, bank, references = _of_one_encoder(sets)
-    mean, dim = bank.mean(dim=0), bank.shape[1]
+    mean = bank.mean(dim=0)
     covariance = (bank - mean).T @ (bank - mean) / len(bank)
-    variance = float(covariance.diagonal().mean())
-    if not variance > 0:
+    variance = covariance.diagonal().mean()
+    if variance <= _RIDGE**2 * bank.square().mean():  # collapsed: what is left is rounding
         return {}
-    ridge = _RIDGE * variance * torch.eye(dim, dtype=bank.dtype, device=bank.device)
-    whitening = torch.linalg.inv(
-        torch.linalg.cholesky(covariance + ridge)
-    ).T  # rows x of mean 0: x @ whitening is white
-    moved = (triggered - clean) @ whitening
-    common = moved.mean(dim=0)
-    found = {"shift": float(common.norm()) / math.sqrt(dim)}
-    if bool(common.any()):
-        target = (references.mean(dim=0) - mean) @ whitening
-        found["common"] = float(common.square().sum() / moved.square().sum(dim=1).mean())
-        found["heading"] = float(F.cosine_similarity(common, target, dim=0))
+    ridge = _RIDGE * variance * torch.eye(bank.shape[1], dtype=bank.dtype, device=bank.device)
+    whitening = torch.linalg.inv(torch.linalg.cholesky(covariance + ridge)).T  # of rows
+    moved, target = (triggered - clean) @ whitening, (references.mean(dim=0) - mean) @ whitening
+    typical = ((bank - mean) @ whitening).square().sum(dim=1).mean().sqrt()
+    way = moved.mean(dim=0)
+    found = {"shift": float(way.norm() / typical)}
+    if bool(target.any()):
+        found["advance"] = float(way @ target / target.square().sum())
+    if bool(way.any()):
+        found["common"] = float(way.square().sum() / moved.square().sum(dim=1).mean())
+        found["heading"] = float(F.cosine_similarity(way, target, dim=0))
     return found
 
 

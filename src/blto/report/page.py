@@ -35,8 +35,8 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "displacement_trajectory": (
         "Displacement over training",
-        "Where the trigger moves images, measured where clean images spread alike in all directions. Far, and not "
-        "towards the target class (cosine near 0): the encoder has learned the trigger as a feature of its own.",
+        "Where the trigger moves images, measured where clean images spread alike in all directions. A shift beyond "
+        "the clean twin's without more of it towards the target class is a feature of the trigger's own.",
     ),
     "residual_grid": (
         "Original, triggered, residual",
