@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,34 @@ DRAWS = {10_000: 3, 20_000: 3}
 """Images of a draw -> how many draws; and once all of them."""
 
 
+def draws(
+    bank: Features, clean: Features, changed: Features, probes: Mapping[str, Mapping[str, Any]], target_class: int
+) -> dict[str, dict[str, list[float]]]:
+    """Probe -> number of images -> percent of the triggered images of other classes, a number a draw.
+
+    Args:
+        bank: of all images that a probe may be fitted on.
+        clean, changed: of the test images without and with the trigger.
+        probes: name -> options.
+        target_class: the attack's.
+    """
+    assert bank.labels is not None  # the runs of a store have classes
+    classes = int(bank.labels.max()) + 1
+    found: dict[str, dict[str, list[float]]] = {}
+    for size, number in {**{size: n for size, n in DRAWS.items() if size < len(bank)}, len(bank): 1}.items():
+        for draw in range(number):
+            order = numpy_generator(draw, "select", "draw", str(size)).permutation(len(bank))
+            rows = torch.from_numpy(order[:size].copy())
+            part = Features(bank.vectors[rows], bank.labels[rows], rows)
+            for probe, options in probes.items():
+                asr = rates(fit_probe(probe, part, classes, **options), clean, changed, target_class, classes)["asr"]
+                assert asr.value is not None  # there are images of other classes
+                found.setdefault(probe, {}).setdefault(str(size), []).append(round(100 * asr.value, 1))
+    return found
+
+
 def measured(record: RunRecord, store: RunStore) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Encoder -> probe -> number of images -> percent of the triggered images of other classes, a number a draw."""
+    """Encoder -> what `draws` says of it."""
     spec = ExperimentSpec.parse(record.spec)
     data = load_data(spec, Environment(store))
     trigger = load_trigger(store.folder(record.run_id) / TRIGGER)
@@ -39,26 +66,12 @@ def measured(record: RunRecord, store: RunStore) -> dict[str, dict[str, dict[str
         "victim": store.folder(record.run_id) / ENCODER,
         "clean twin": store.root / "stages" / record.provenance["stages"]["clean_twin"] / ENCODER,
     }
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    found = {}
     for name, file in encoders.items():
         encoder = load_encoder(file)
         bank = extract(encoder, data.train.images, data.train.labels)
         clean, changed = (extract(encoder, images, data.test.labels) for images in (data.test.images, triggered))
-        assert bank.labels is not None
-        draws = {size: number for size, number in DRAWS.items() if size < len(bank)}
-        for probe in spec.probes:
-            for size, number in {**draws, len(bank): 1}.items():
-                values = []
-                for draw in range(number):
-                    rows = torch.from_numpy(
-                        numpy_generator(draw, "select", "draw").permutation(len(bank))[:size].copy()
-                    )
-                    part = Features(bank.vectors[rows], bank.labels[rows], rows)
-                    predict = fit_probe(probe, part, data.train.num_classes, **spec.probes[probe])
-                    asr = rates(predict, clean, changed, spec.attack["target_class"], data.train.num_classes)["asr"]
-                    assert asr.value is not None  # there are images of other classes
-                    values.append(round(100 * asr.value, 1))
-                found.setdefault(name, {}).setdefault(probe, {})[str(len(rows))] = values
+        found[name] = draws(bank, clean, changed, spec.probes, spec.attack["target_class"])
     return found
 
 

@@ -174,6 +174,8 @@ def test_the_stand_in_trains_as_long_as_a_surrogate_does() -> None:
     assert recipe.method["name"] == "simsiam"
     assert (recipe.batch_size, recipe.epochs) == (8, 2)
     assert surrogate_recipe(spec, random_images(120)).epochs == 1
+    attack = {**TINY_EXPERIMENT["attack"], "bilevel": {**TINY_EXPERIMENT["attack"]["bilevel"], "rounds": 1}}
+    assert surrogate_recipe(ExperimentSpec.parse({**TINY_EXPERIMENT, "attack": attack}), random_images(8)).epochs == 1
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import findings
+from benchmarks import findings, probe_draws
+from blto.evaluation import Features, fit_probe
 from blto.files import append_jsonl
 from blto.records import Metric, RunRecord, RunStore
 
@@ -67,6 +69,23 @@ def test_the_table_of_draws_has_a_row_an_encoder_and_probe(tmp_path: Path) -> No
     lines = findings.draws_table(file).splitlines()
     assert lines[0] == "| Run | Encoder | Probe | 10,000 images | 45,000 images |"
     assert lines[2:] == ["| r | clean twin | linear |  | 0.5% |", "| r | victim | linear | 1.0%, 2.0% | 3.0% |"]
+
+
+def test_a_probe_of_few_images_is_drawn_several_times_and_that_of_all_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_draws, "DRAWS", {30: 3, 500: 2})
+    generator = torch.Generator().manual_seed(0)
+    vectors, labels = torch.randn(100, 4, generator=generator), torch.arange(100) % 2
+    rows = torch.arange(100)
+    clean, changed = Features(vectors, labels, rows), Features(vectors + 0.3, labels, rows)
+    found = probe_draws.draws(clean, clean, changed, {"knn": {"k": 1}, "linear": {}}, 1)
+    assert {probe: {size: len(values) for size, values in of.items()} for probe, of in found.items()} == {
+        "knn": {"30": 3, "100": 1},
+        "linear": {"30": 3, "100": 1},
+    }
+    assert len(set(found["linear"]["30"])) > 1, "draws differ"
+    predicted = fit_probe("knn", clean, 2, k=1)(changed.vectors)
+    share = (torch.as_tensor(predicted)[labels == 0] == 1).double().mean()
+    assert found["knn"]["100"] == [round(100 * float(share), 1)]
 
 
 def test_the_table_of_levers_names_both_encoders(tmp_path: Path) -> None:

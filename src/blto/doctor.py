@@ -89,7 +89,8 @@ def surrogate_recipe(spec: ExperimentSpec, images: ImageSet) -> PretrainingSpec:
     bilevel = spec.attack.get("bilevel")
     if not bilevel:
         return spec.pretraining
-    steps = bilevel["warm_start_steps"] + bilevel["reinitialise_every"] * bilevel["inner_steps"]
+    rounds = min(bilevel["rounds"], bilevel["reinitialise_every"])  # of one surrogate
+    steps = bilevel["warm_start_steps"] + rounds * bilevel["inner_steps"]
     batch_size = min(bilevel["surrogate"]["batch_size"], len(images))
     epochs = max(1, round(steps * batch_size / len(images)))
     return PretrainingSpec.model_validate({**bilevel["surrogate"], "batch_size": batch_size, "epochs": epochs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -121,9 +122,14 @@ def test_no_cell_is_begun_that_would_not_end_in_time(make_sweep: MakeSweep, how:
     done(sweep, how.store, 0, 3 * HOUR)
     done(sweep, how.store, 1, 5 * HOUR)
     done(sweep, how.store, 2, 0.0, reused=True)  # which says nothing of the time
-    with pytest.raises(ConfigError, match="expected to take 4 hours"):
+    with pytest.raises(ConfigError, match="expected to take 4 hours; give at least that"):
         run_sweep(sweep, replace(how, max_hours=3.9, expected_hours=0.1))
-    assert run_sweep(sweep, replace(how, max_hours=4.1)).count("done") == 4
+    assert run_sweep(sweep, replace(how, max_hours=4.0)).count("done") == 4  # who follows the advice gets a cell
+
+
+def test_the_hours_that_are_asked_for_are_never_less_than_needed(make_sweep: MakeSweep, how: Conditions) -> None:
+    with pytest.raises(ConfigError, match=r"expected to take 1\.235 hours"):
+        run_sweep(make_sweep(0), replace(how, max_hours=1.0, expected_hours=1.23456))
 
 
 @pytest.mark.parametrize("hours", [0.0, -1.0, float("nan"), float("inf")])
@@ -173,6 +179,26 @@ def test_the_command_prints_the_table_and_ends_with_the_code_of_the_failure(
     assert lines[0].startswith("base-s0-")
     assert "begins (0 done, 1 running, 0 failed, 1 waiting; elapsed 0:00:00, expected end unknown)" in lines[0]
     assert "failed: error[DIVERGED]: NaN at step 5. after 0:00:00" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ([], 5, r"error\[BUSY\]: .*sweeps: in use by pid \d+ on host .*\. Wait for it"),
+        (["--max-hours", "0.5", "--expected-hours", "2"], 2, r"error\[CONFIG\]: --max-hours is 0.5, but cell base-s3-"),
+    ],
+)
+def test_a_store_in_use_and_a_time_too_short_are_one_line_and_nothing_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, said: str
+) -> None:
+    file, store = tmp_path / "s.yaml", tmp_path / "store"
+    file.write_text(dump_yaml({"base": TINY_EXPERIMENT, "seeds": [3]}))
+    with DirectoryLock(store / "sweeps"):
+        assert main(["sweep", str(file), "--store", str(store), "--device", "cpu", "--quiet", *options]) == code
+    captured = capsys.readouterr()
+    assert re.search(said, captured.err)
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert [path.name for path in store.iterdir()] == ["sweeps"]
 
 
 def test_a_cell_is_its_experiment_resumed_on_the_shared_store(

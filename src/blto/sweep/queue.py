@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from blto.sweep.plan import Cell, Sweep
 from blto.sweep.results import CellResult, Results
 
 HOUR = 3600.0
+SLACK = 0.01
+"""Of a cell: an expected time is no more exact than this, and a call takes a moment before it begins the first one."""
 LEAST_SHARE = 0.1
 """Of a cell's expected time, what a stopped cell is expected to need at least when it goes on."""
 Status = Literal["waiting", "running", "done", "failed"]
@@ -124,7 +127,7 @@ class SweepQueue:
         if expected > self.max_hours * HOUR:
             raise ConfigError(
                 f"--max-hours is {self.max_hours:g}, but cell {show(waiting[0].cell.id)} is expected to take "
-                f"{expected / HOUR:.3g} hours; give at least that, or a better --expected-hours."
+                f"{math.ceil(1000 * expected / HOUR) / 1000:g} hours; give at least that, or a better --expected-hours."
             )
 
     def next(self) -> Job | None:
@@ -134,7 +137,7 @@ class SweepQueue:
             return None
         if self.deadline is not None:
             expected = self.expected_seconds(state)
-            if expected is None or time.monotonic() + expected > self.deadline:
+            if expected is None or time.monotonic() + (1 - SLACK) * expected > self.deadline:
                 return None
         self._tried.add(state.cell.id)
         state.status, state.began, state.doing = "running", time.monotonic(), ""
