@@ -11,6 +11,7 @@ from typing import Any
 from blto.analysis import ExposurePath, exposure_map, record_figures, save_figure
 from blto.evaluation import PROBES
 from blto.files import read_json, read_jsonl
+from blto.pretraining import METHODS
 from blto.records import Metric, RunRecord, load_record
 from blto.report.wording import MISSING, comparison, lookup, percent, points, with_interval
 
@@ -102,14 +103,19 @@ def levers_table(file: Path) -> str:
 
 def displacement_table(gates: Sequence[Path]) -> str:
     """A row a cell of any gate: where the trigger moves images at the end, on the victim and on its clean twin."""
-    lines = header(("Cell", "Shift, twin's", "Advance, twin's", "Heading, twin's", "ASR (linear)", "ASR (kNN)"))
-    for name, record in (cell for gate in gates for cell in cells(gate)):
-        ends = [entries[-1] for entries in (record.trajectory, record.trajectory_clean_twin) if entries]
-        if len(ends) < 2 or any("heading" not in end for end in ends):
-            continue
-        values = [", ".join(f"{end[key]:.2f}" for end in ends) for key in ("shift", "advance", "heading")]
-        rates = [record.metric("asr", probe) for probe in ("linear", "knn")]
-        lines.append(f"| {' | '.join([name, *values, *(percent(of.value if of else None) for of in rates)])} |")
+    keys = ("shift", "advance", "heading")
+    lines = header(
+        ("Cell", "Gate", "Seed", *(f"{key}, twin's".capitalize() for key in keys), "ASR (linear)", "ASR (kNN)")
+    )
+    for folder in gates:
+        for name, record in cells(folder):
+            ends = [entries[-1] for entries in (record.trajectory, record.trajectory_clean_twin) if entries]
+            if len(ends) < 2 or any("heading" not in end for end in ends):
+                continue
+            values = [name, folder.name, str(record.spec["seed"])]
+            values += [", ".join(f"{end[key]:.2f}" for end in ends) for key in keys]
+            values += [percent(of.value if of else None) for of in (record.metric("asr", p) for p in ("linear", "knn"))]
+            lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
@@ -157,8 +163,10 @@ def path_of(record: RunRecord, probe: str) -> ExposurePath | None:
     if not entries:
         return None
     poisons = record.provenance["poison"]["images"]
+    method = record.spec["pretraining"]["method"]["name"]
+    label = NAMES.get(record.spec["attack"]["name"], record.spec["attack"]["name"])
     return ExposurePath(
-        NAMES.get(record.spec["attack"]["name"], record.spec["attack"]["name"]),
+        label if method == "simclr" else f"{label}, {METHODS.card(method).title}",
         [poisons * entry["epoch"] for entry in entries],
         [entry[accuracy] for entry in entries],
         [entry[asr] - max(twin[entry["epoch"]], entry[untriggered]) for entry in entries],  # as `metrics` has it

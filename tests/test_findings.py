@@ -22,7 +22,12 @@ def record(**changes: Any) -> RunRecord:
     metrics = {name: Metric(value=value, low=0.0, high=1.0, n=10) for name, value in (("asr", 0.6), ("lift", 0.5))}
     given = {
         "run_id": "blto-x-s7-0123456789",
-        "spec": {"seed": 7, "held_out": 5000, "attack": {"name": "blto"}},
+        "spec": {
+            "seed": 7,
+            "held_out": 5000,
+            "attack": {"name": "blto"},
+            "pretraining": {"method": {"name": "simclr"}},
+        },
         "metrics": {"linear": metrics},
         "took": True,
         "trajectory": rows(0.6, 0.2),
@@ -38,6 +43,9 @@ def test_a_path_leaves_the_start_out_and_its_lift_is_over_the_larger_of_both_ref
     assert (path.attack, list(path.exposures), list(path.accuracy)) == ("BLTO", [450.0, 900.0], [0.7, 0.7])
     assert list(path.lift) == pytest.approx([0.4, 0.4])  # 0.6 - 0.2 without a trigger, not - 0.1 of the twin
     assert findings.path_of(record(trajectory_clean_twin=[]), "knn") is None
+    other = findings.path_of(record(spec={**record().spec, "pretraining": {"method": {"name": "byol"}}}), "knn")
+    assert other is not None
+    assert other.attack == "BLTO, BYOL"
 
 
 def test_a_table_has_a_row_a_cell_and_the_spread_over_the_last_snapshots(tmp_path: Path) -> None:
@@ -58,7 +66,7 @@ def test_the_table_of_displacements_shows_the_last_snapshot_of_victim_and_twin(t
     twin = [{**rows[1], "shift": 0.1}]
     store.save(record(run_id="new-s7-0123456789", trajectory=rows, trajectory_clean_twin=twin))
     (line,) = findings.displacement_table([tmp_path / "gate9"]).splitlines()[2:]
-    assert line == "| new | 0.50, 0.10 | 0.50, 0.50 | 0.25, 0.25 | 60.0% | \N{EN DASH} |"
+    assert line == "| new | gate9 | 7 | 0.50, 0.10 | 0.50, 0.50 | 0.25, 0.25 | 60.0% | \N{EN DASH} |"
 
 
 def test_the_table_of_draws_has_a_row_an_encoder_and_probe(tmp_path: Path) -> None:
