@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from scipy.stats import linregress, t
 
 from blto.analysis import ExposurePath, exposure_map, record_figures, save_figure
 from blto.evaluation import PROBES
@@ -17,6 +20,8 @@ from blto.report.wording import MISSING, comparison, lookup, percent, points, wi
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 NAMES = {"blto": "BLTO", "ctrl": "CTRL", "ssl_backdoor": "SSL-Backdoor", "universal_delta": "Universal delta"}
+WANTED = 30
+"""Points of lift that were wanted of BLTO at gates 4 and 5."""
 LAST = 5
 """Snapshots at the end of a training whose ASR is averaged: a single one is a matter of luck."""
 COLUMNS = (
@@ -117,6 +122,34 @@ def displacement_table(gates: Sequence[Path]) -> str:
             values += [percent(of.value if of else None) for of in (record.metric("asr", p) for p in ("linear", "knn"))]
             lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
+
+
+def trend_table(gates: Sequence[Path]) -> str:
+    """A row an attack and probe: the line through its cells' lifts at the end over the logarithm of their exposures.
+
+    Where it is sure to rise, the exposures at which it comes to `WANTED`: no law, only the straightest guess.
+    """
+    lines = header(
+        ("Attack", "Probe", "Cells", "Exposures", "Lift, points for ten times the exposures", "Lift of 30 at")
+    )
+    for probe in ("linear", "knn"):
+        ends: dict[str, list[tuple[float, float]]] = {}
+        for record in (record for gate in gates for _, record in cells(gate)):
+            path, lift = path_of(record, probe), record.metric("lift", probe)
+            if path is not None and lift is not None and lift.value is not None:
+                ends.setdefault(path.attack, []).append((math.log10(path.exposures[-1]), 100 * lift.value))
+        for attack, points_ in ends.items():
+            x, y = zip(*points_, strict=True)
+            if len(set(x)) < 3:
+                continue
+            fit = linregress(x, y)
+            half = float(t.ppf(0.975, len(x) - 2) * fit.stderr)
+            rises = fit.slope - half > 0
+            reached = f"{10 ** ((WANTED - fit.intercept) / fit.slope):,.0f}" if rises else "no rise is established"
+            values = [attack, probe, str(len(x)), f"{10 ** min(x):,.0f} to {10 ** max(x):,.0f}"]
+            values += [f"{fit.slope:+.1f} [{fit.slope - half:.1f}, {fit.slope + half:.1f}]", reached]
+            lines.append(f"| {' | '.join(values)} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not enough cells yet."
 
 
 def draws_table(file: Path) -> str:

@@ -175,6 +175,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gate2": lambda results: findings.checks_table(results / "gate2"),
     "levers": lambda results: findings.levers_table(results / "levers.jsonl"),
     "displacement": lambda results: findings.displacement_table(sorted(results.glob("gate*"))),
+    "trend": lambda results: findings.trend_table(sorted(results.glob("gate*"))),
     "draws": lambda results: findings.draws_table(results / "probe_draws.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},
 }

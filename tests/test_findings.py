@@ -69,6 +69,23 @@ def test_the_table_of_displacements_shows_the_last_snapshot_of_victim_and_twin(t
     assert line == "| new | gate9 | 7 | 0.50, 0.10 | 0.50, 0.50 | 0.25, 0.25 | 60.0% | \N{EN DASH} |"
 
 
+@pytest.mark.parametrize(("lifts", "reached"), [((0.1, 0.2, 0.31), "8,33"), ((0.1, -0.2, 0.1), "no rise")])
+def test_a_trend_is_followed_only_where_it_is_sure_to_rise(
+    tmp_path: Path, lifts: tuple[float, ...], reached: str
+) -> None:
+    assert findings.trend_table([tmp_path]) == "Not enough cells yet."
+    for number, lift in enumerate(lifts):
+        rows = [{"epoch": 10.0**number, "knn_asr": 0.5, "knn_untriggered_rate": 0.0, "knn_clean_accuracy": 0.7}]
+        metrics = {"knn": {"lift": Metric(value=lift, n=10)}}
+        changes = {"trajectory": rows, "trajectory_clean_twin": rows, "metrics": metrics, "took": False}
+        provenance = {"poison": {"images": 100}}
+        given = record(run_id=f"blto-x-s{number}-0123456789", **changes, provenance=provenance)
+        RunStore(tmp_path).save(given)
+    (line,) = findings.trend_table([tmp_path]).splitlines()[2:]
+    assert line.startswith("| BLTO | knn | 3 | 100 to 10,000 | ")
+    assert line.split(" | ")[-1].startswith(reached)
+
+
 def test_the_table_of_draws_has_a_row_an_encoder_and_probe(tmp_path: Path) -> None:
     file = tmp_path / "draws.jsonl"
     assert findings.draws_table(file) == "Not run yet."
