@@ -22,6 +22,8 @@ FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 NAMES = {"blto": "BLTO", "ctrl": "CTRL", "ssl_backdoor": "SSL-Backdoor", "universal_delta": "Universal delta"}
 WANTED = 30
 """Points of lift that were wanted of BLTO at gates 4 and 5."""
+FARTHEST = 12
+"""Power of ten beyond which no exposures are worth naming."""
 LAST = 5
 """Snapshots at the end of a training whose ASR is averaged: a single one is a matter of luck."""
 COLUMNS = (
@@ -127,10 +129,10 @@ def displacement_table(gates: Sequence[Path]) -> str:
 def trend_table(gates: Sequence[Path]) -> str:
     """A row an attack and probe: the line through its cells' lifts at the end over the logarithm of their exposures.
 
-    Where it is sure to rise, the exposures at which it comes to `WANTED`: no law, only the straightest guess.
+    Where its slope's interval is above 0, the exposures at which it comes to `WANTED`: no law, the straightest guess.
     """
     lines = header(
-        ("Attack", "Probe", "Cells", "Exposures", "Lift, points for ten times the exposures", "Lift of 30 at")
+        ("Attack", "Probe", "Cells", "Exposures", "Lift, points for ten times the exposures", f"Lift of {WANTED} at")
     )
     for probe in ("linear", "knn"):
         ends: dict[str, list[tuple[float, float]]] = {}
@@ -144,8 +146,10 @@ def trend_table(gates: Sequence[Path]) -> str:
                 continue
             fit = linregress(x, y)
             half = float(t.ppf(0.975, len(x) - 2) * fit.stderr)
-            rises = fit.slope - half > 0
-            reached = f"{10 ** ((WANTED - fit.intercept) / fit.slope):,.0f}" if rises else "no rise is established"
+            reached = "no rise is established"
+            if fit.slope - half > 0:
+                digits = (WANTED - fit.intercept) / fit.slope
+                reached = f"{10**digits:,.0f}" if digits < FARTHEST else f"more than {10**FARTHEST:,}"
             values = [attack, probe, str(len(x)), f"{10 ** min(x):,.0f} to {10 ** max(x):,.0f}"]
             values += [f"{fit.slope:+.1f} [{fit.slope - half:.1f}, {fit.slope + half:.1f}]", reached]
             lines.append(f"| {' | '.join(values)} |")
@@ -160,12 +164,12 @@ def draws_table(file: Path) -> str:
     sizes = sorted(
         {int(size) for line in measured for probes in line["asr"].values() for of in probes.values() for size in of}
     )
-    lines = header(("Run", "Encoder", "Probe", *(f"{size:,} images" for size in sizes)))
+    lines = header(("Attack", "Run", "Encoder", "Probe", *(f"{size:,} images" for size in sizes)))
     for line in measured:
         for encoder, probes in line["asr"].items():
             for probe, found in probes.items():
                 values = [", ".join(f"{value:.1f}%" for value in found.get(str(size), [])) for size in sizes]
-                lines.append(f"| {' | '.join([line['run'], encoder, probe, *values])} |")
+                lines.append(f"| {' | '.join([line['attack'], line['run'][-10:], encoder, probe, *values])} |")
     return "\n".join(lines)
 
 

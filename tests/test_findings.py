@@ -69,7 +69,14 @@ def test_the_table_of_displacements_shows_the_last_snapshot_of_victim_and_twin(t
     assert line == "| new | gate9 | 7 | 0.50, 0.10 | 0.50, 0.50 | 0.25, 0.25 | 60.0% | \N{EN DASH} |"
 
 
-@pytest.mark.parametrize(("lifts", "reached"), [((0.1, 0.2, 0.31), "8,33"), ((0.1, -0.2, 0.1), "no rise")])
+@pytest.mark.parametrize(
+    ("lifts", "reached"),
+    [
+        ((0.1, 0.2, 0.31), "8,33"),
+        ((0.1, 0.1001, 0.1002), "more than 1,000,000,000,000"),
+        ((0.1, -0.2, 0.1), "no rise"),
+    ],
+)
 def test_a_trend_is_followed_only_where_it_is_sure_to_rise(
     tmp_path: Path, lifts: tuple[float, ...], reached: str
 ) -> None:
@@ -83,7 +90,9 @@ def test_a_trend_is_followed_only_where_it_is_sure_to_rise(
         RunStore(tmp_path).save(given)
     (line,) = findings.trend_table([tmp_path]).splitlines()[2:]
     assert line.startswith("| BLTO | knn | 3 | 100 to 10,000 | ")
-    assert line.split(" | ")[-1].startswith(reached)
+    slope, last = line.split(" | ")[-2:]
+    assert slope.startswith(f"{50 * (lifts[2] - lifts[0]):+.1f} [")
+    assert last.startswith(reached)
 
 
 def test_the_table_of_draws_has_a_row_an_encoder_and_probe(tmp_path: Path) -> None:
@@ -92,8 +101,11 @@ def test_the_table_of_draws_has_a_row_an_encoder_and_probe(tmp_path: Path) -> No
     asr = {"victim": {"linear": {"10000": [1.0, 2.0], "45000": [3.0]}}, "clean twin": {"linear": {"45000": [0.5]}}}
     append_jsonl(file, {"run": "r", "attack": "blto", "asr": asr})
     lines = findings.draws_table(file).splitlines()
-    assert lines[0] == "| Run | Encoder | Probe | 10,000 images | 45,000 images |"
-    assert lines[2:] == ["| r | clean twin | linear |  | 0.5% |", "| r | victim | linear | 1.0%, 2.0% | 3.0% |"]
+    assert lines[0] == "| Attack | Run | Encoder | Probe | 10,000 images | 45,000 images |"
+    assert lines[2:] == [
+        "| blto | r | clean twin | linear |  | 0.5% |",
+        "| blto | r | victim | linear | 1.0%, 2.0% | 3.0% |",
+    ]
 
 
 def test_a_probe_of_few_images_is_drawn_several_times_and_that_of_all_once(monkeypatch: pytest.MonkeyPatch) -> None:

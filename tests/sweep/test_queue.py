@@ -19,8 +19,9 @@ from blto.files import DirectoryLock
 from blto.files.yaml import dump_yaml
 from blto.records import RunRecord
 from blto.sweep.cell import run_cell
+from blto.sweep.live import SweepView
 from blto.sweep.plan import Sweep
-from blto.sweep.queue import HOUR
+from blto.sweep.queue import HOUR, SweepQueue
 from blto.sweep.results import CellResult, Results
 from blto.sweep.running import Conditions, run_sweep
 from tests.sweep import toy
@@ -124,6 +125,8 @@ def test_no_cell_is_begun_that_would_not_end_in_time(make_sweep: MakeSweep, how:
     done(sweep, how.store, 2, 0.0, reused=True)  # which says nothing of the time
     with pytest.raises(ConfigError, match="expected to take 4 hours; give at least that"):
         run_sweep(sweep, replace(how, max_hours=3.9, expected_hours=0.1))
+    queue = SweepQueue(sweep, Results(how.store, sweep.name), lambda cell: {}, SweepView(quiet=True), max_hours=3.9)
+    assert queue.next() is None  # what is too short at the start is too short later
     assert run_sweep(sweep, replace(how, max_hours=4.0)).count("done") == 4  # who follows the advice gets a cell
 
 

@@ -35,8 +35,8 @@ FIGURES: dict[str, tuple[str, str]] = {
     ),
     "displacement_trajectory": (
         "Displacement over training",
-        "Where the trigger moves images, measured where clean images spread alike in all directions. A shift beyond "
-        "the clean twin's without more of it towards the target class is a feature of the trigger's own.",
+        "Where the trigger moves images, measured where clean images spread alike in all directions. What a "
+        "victim has beyond its clean twin comes of the poisons: towards the target class, or in other directions.",
     ),
     "residual_grid": (
         "Original, triggered, residual",
