@@ -30,8 +30,8 @@ JUDGED, BANK = 2_048, 10_000
 """Test images that the probes judge, and training images that they are fitted on, at most; drawn once."""
 
 TOLERANCE = 1e-3
-"""Of a linear probe on the way, where the run gives none: a tenth of the time. It is the same probe up to a few points
-of an ASR, where another draw of `BANK` images is worth more (docs/findings.md)."""
+"""Of a linear probe on the way, where the run gives none: a tenth of the time. Against exact fits it moved the ASR of
+200 snapshots by 0.5 points on average and 5.6 at most, and accuracy by 0.7 at most (gates 1 and 4 of docs/findings.md)."""
 
 
 class Follower:

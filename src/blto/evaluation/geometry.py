@@ -62,7 +62,8 @@ def displacement(*, triggered: Tensor, clean: Tensor, bank: Tensor, references: 
     - `heading`: cosine of d and t. Beside a clean twin's: a longer shift with a smaller heading says that training on
       the trigger has added a movement which does not lead to the target class.
 
-    Ours. Left out is what has no meaning: `common` and `heading` where nothing moves, all four where nothing varies.
+    Ours. Left out is what has no meaning: `common` and `heading` where nothing moves, `advance` and `heading` where the
+    target class lies in the middle of all, all four where nothing varies.
 
     Args:
         triggered, clean: features of images of other classes with and without the trigger; row i of both is one image.
@@ -90,11 +91,13 @@ def displacement(*, triggered: Tensor, clean: Tensor, bank: Tensor, references: 
     moved, target = (triggered - clean) @ whitening, (references.mean(dim=0) - mean) @ whitening
     typical = ((bank - mean) @ whitening).square().sum(dim=1).mean().sqrt()
     way = moved.mean(dim=0)
+    moves, leads = bool(way.any()), bool(target.any())
     found = {"shift": float(way.norm() / typical)}
-    if bool(target.any()):
+    if leads:
         found["advance"] = float(way @ target / target.square().sum())
-    if bool(way.any()):
+    if moves:
         found["common"] = float(way.square().sum() / moved.square().sum(dim=1).mean())
+    if moves and leads:
         found["heading"] = float(F.cosine_similarity(way, target, dim=0))
     return found
 

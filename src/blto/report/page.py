@@ -36,7 +36,7 @@ FIGURES: dict[str, tuple[str, str]] = {
     "displacement_trajectory": (
         "Displacement over training",
         "Where the trigger moves images, measured where clean images spread alike in all directions. What a "
-        "victim has beyond its clean twin comes of the poisons: towards the target class, or in other directions.",
+        "victim has beyond its clean twin comes of the poisons or of chance, towards the target class or elsewhere.",
     ),
     "residual_grid": (
         "Original, triggered, residual",
