@@ -31,7 +31,7 @@ JUDGED, BANK = 2_048, 10_000
 
 TOLERANCE = 1e-3
 """Of a linear probe on the way, where the run gives none: a tenth of the time. Against exact fits it moved the ASR of
-200 snapshots by 0.5 points on average and 5.6 at most, and accuracy by 0.7 at most (gates 1 and 4 of docs/findings.md)."""
+210 snapshots by half a point on average and 5.6 at most, accuracy by 0.7 at most (gates 1 and 4, docs/findings.md)."""
 
 
 class Follower:
