@@ -20,7 +20,9 @@ from blto.errors import ConfigError, Interrupted
 from blto.experiment import Data, Environment, ExperimentSpec, craft_stage, load_data, pretrain_stage
 from blto.files import read_json
 from blto.poisoning import apply_to_uint8, load_trigger
+from blto.pretraining import trainer
 from blto.pretraining.loop import Pretrained, pretrain
+from blto.pretraining.trainer import arithmetic
 from blto.records import RunRecord, RunStore, StageFolder
 from blto.runtime.interrupts import stop_requests, stopping_at
 from tests.tiny_experiment import TINY_EXPERIMENT
@@ -282,3 +284,14 @@ def test_a_trigger_of_other_images_is_learned_anew(tmp_path: Path) -> None:
     environment = somewhere(tmp_path)
     specs = [parse(attacker_share=share) for share in (0.0, SHARE)]
     assert len({craft_stage(spec, load_data(spec, environment), environment).path for spec in specs}) == 2
+
+
+def test_a_trigger_learned_on_a_gpu_was_learned_without_cuda_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "uses_cuda_graphs", lambda engine, device: True)
+    spec, environment = ExperimentSpec.parse(TINY_EXPERIMENT), somewhere(tmp_path)
+    data = load_data(spec, environment)
+    crafted, victim = craft_stage(spec, data, environment), arithmetic(spec.pretraining, "cpu", data.train.image_size)
+    assert victim["engine"] == trainer.GRAPHS
+    assert crafted.facts["arithmetic"]["engine"] == "plain torch"

@@ -209,7 +209,8 @@ def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> S
             save_trigger(stage.path / TRIGGER, trained.trigger.cpu())
             stage.discard(CHECKPOINT)
             surrogate = getattr(getattr(attack, "bilevel", None), "surrogate", None)
-            facts = arithmetic(surrogate, environment.device, data.attacker.image_size) if surrogate else {}
+            size = data.attacker.image_size
+            facts = arithmetic(surrogate, environment.device, size, cuda_graphs=False) if surrogate else {}
             seconds = time.monotonic() - started
             stage.commit({"crafting": trained.trajectory, "arithmetic": facts, "seconds": seconds})
     return stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from blto.pretraining import METHODS, loop, trainer
 from blto.pretraining.spec import OptimizerSpec
-from blto.pretraining.trainer import GRAPHS, Trainer, uses_cuda_graphs
+from blto.pretraining.trainer import GRAPHS, Trainer, arithmetic, uses_cuda_graphs
 from blto.runtime import distributed
+from blto.runtime.device import compiled
 from tests.factories import tiny_recipe
 
 
@@ -51,3 +53,17 @@ def test_graphs_are_for_the_fast_engine_on_one_gpu(monkeypatch: pytest.MonkeyPat
     for module in (trainer, distributed):
         monkeypatch.setattr(module, "process_count", lambda: 2)
     assert not uses_cuda_graphs("fast", "cuda")
+
+
+def test_a_surrogate_says_that_it_is_trained_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    recipe = tiny_recipe(precision="fp32", engine="fast")
+    engines = [arithmetic(recipe, "cuda", 16, cuda_graphs=asked)["engine"] for asked in (True, False)]
+    assert engines == [GRAPHS, "plain torch"]
+
+
+def test_nobody_is_advised_to_round_to_tf32(recwarn: pytest.WarningsRecorder) -> None:
+    compiled(torch.nn.Identity())
+    warnings.warn("TensorFloat32 tensor cores for float32 are not enabled.", UserWarning, stacklevel=1)
+    assert not recwarn.list

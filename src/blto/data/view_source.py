@@ -11,7 +11,7 @@ from torch import Tensor
 from blto.data.order import Rows
 from blto.data.view_backends import batched
 from blto.data.views import ViewRecipe, Views
-from blto.runtime.device import free_memory
+from blto.runtime.device import compiled, free_memory
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -56,7 +56,7 @@ class DeviceViews:
     def __init__(self, images: Images, recipe: ViewRecipe, device: torch.device) -> None:
         self.views, self.device = Views(recipe, images.shape[2]), device
         self.images = resident(images, device)
-        self._render = torch.compile(render, dynamic=False) if device.type == "cuda" else render
+        self._render = compiled(render) if device.type == "cuda" else render
 
     def __call__(self, rows: Rows, *, seed: int, epoch: int) -> list[Tensor]:
         """See `ViewSource`."""

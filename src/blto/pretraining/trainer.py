@@ -67,11 +67,14 @@ def uses_cuda_graphs(engine: Engine, device: str) -> bool:
     return engine == "fast" and device == "cuda" and process_count() == 1
 
 
-def arithmetic(spec: RecipeSpec, device: str, image_size: int) -> dict[str, str]:
-    """What of a recipe's result depends on the machine: device, its model, the resolved precision, and the engine."""
+def arithmetic(spec: RecipeSpec, device: str, image_size: int, *, cuda_graphs: bool = True) -> dict[str, str]:
+    """What of a recipe's result depends on the machine: device, its model, the resolved precision, and the engine.
+
+    `cuda_graphs` is what the `Trainer` was given: a surrogate is trained without them.
+    """
     device = resolve_device(device)
     precision = training_precision(spec.precision, spec.engine, device)
-    engine = GRAPHS if uses_cuda_graphs(spec.engine, device) else "plain torch"
+    engine = GRAPHS if cuda_graphs and uses_cuda_graphs(spec.engine, device) else "plain torch"
     if spec.engine == "fast" and device == "cpu" and (precision == "bf16" or spec.precision == "auto"):
         kernels, engine = find_kernels()
         views = METHODS.get(spec.method["name"]).views_per_pass  # type: ignore[attr-defined]  # of the class

@@ -7,9 +7,11 @@ import logging
 import os
 import platform
 import re
+import warnings
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Precision = Literal["auto", "fp32", "bf16"]
+Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's <malloc.h>."""
 CPU_FACTS = Path("/proc/cpuinfo")
@@ -99,8 +102,16 @@ def with_cuda_graphs(module: nn.Module) -> nn.Module:
     What was compiled before is dropped: torch compiles a class only a few times and then, silently, no more.
     """
     torch.compiler.reset()
-    compiled: nn.Module = torch.compile(module, mode="reduce-overhead", dynamic=False)  # type: ignore[assignment]  # stays one
-    return compiled
+    return compiled(module, mode="reduce-overhead")
+
+
+def compiled(target: Compilable, mode: str | None = None) -> Compilable:
+    """A module or function compiled for one shape; torch's advice to round float32 to TF32, in which no recipe trains,
+    is not shown.
+    """
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+    made: Compilable = torch.compile(target, mode=mode, dynamic=False)  # type: ignore[assignment]  # is one of its kind
+    return made
 
 
 def free_memory(device: torch.device) -> float:
