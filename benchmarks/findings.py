@@ -12,23 +12,32 @@ from typing import Any
 from scipy.stats import linregress, t
 
 from blto.analysis import ExposurePath, exposure_map, record_figures, save_figure
-from blto.evaluation import PROBES
+from blto.evaluation import PROBES, aggregate
 from blto.files import read_json, read_jsonl
 from blto.pretraining import METHODS
 from blto.records import Metric, RunRecord, load_record
 from blto.report.wording import MISSING, comparison, lookup, percent, points, with_interval
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
-NAMES = {"blto": "BLTO", "ctrl": "CTRL", "ssl_backdoor": "SSL-Backdoor", "universal_delta": "Universal delta"}
+NAMES = {
+    "blto": "BLTO",
+    "ctrl": "CTRL",
+    "ssl_backdoor": "SSL-Backdoor",
+    "universal_delta": "Universal delta",
+    "untrained_generator": "Untrained generator",
+    "frozen_surrogate": "Frozen surrogate",
+}
 WANTED = 30
 """Points of lift that were wanted of BLTO at gates 4 and 5."""
 FARTHEST = 12
 """Power of ten beyond which no exposures are worth naming."""
+LEAST_STEP = 0.2
+"""Powers of ten between exposures that count as different ones: a factor of 1.6."""
 LAST = 5
 """Snapshots at the end of a training whose ASR is averaged: a single one is a matter of luck."""
 COLUMNS = (
     *("Cell", "Seed", "ASR (linear)", "Clean twin", "Lift", "ASR (kNN)", "Clean twin", "Lift"),
-    *("Clean accuracy", "Twin", f"ASR (linear), last {LAST}"),
+    *("Clean accuracy", "Twin", f"ASR (linear), last {LAST}", "Trained on"),
 )
 Cell = tuple[str, RunRecord]
 
@@ -53,11 +62,29 @@ def table(gate: Path) -> str:
     lines += [f"| {' | '.join(row(*cell))} |" for cell in found]
     lines += [
         "",
-        f"{described(found)} Intervals: 95% over these images, of one seed each. The last column: mean and standard",
-        f"deviation over the last {LAST} snapshots, by a probe fitted on 10,000 images and asked on 2,048.",
+        f"{described(found)} Intervals: 95% over these images, of one seed each. Last {LAST}: mean and standard",
+        "deviation over as many snapshots, by a probe fitted on 10,000 images and asked on 2,048.",
     ]
     declared = gate / "comparison.json"
     return "\n".join(lines + (["", f"**{comparison(read_json(declared))}**"] if declared.exists() else []))
+
+
+def seeds_table(gate: Path) -> str:
+    """A row for each name of a gate's cells and each probe: means over its seeds."""
+    columns = ("asr", "asr_clean_twin", "lift", "clean_accuracy", "clean_accuracy_clean_twin")
+    lines = header(("Cell", "Probe", "Seeds", "ASR", "Clean twin", "Lift", "Clean accuracy", "Twin"))
+    for name, group in groupby(cells(gate), key=lambda cell: cell[0]):
+        records = [record for _, record in group]
+        for probe in PROBES:
+            found = [[record.metric(of, probe) for record in records] for of in columns]
+            values = [[of.value for of in each if of is not None and of.value is not None] for each in found]
+            if min(map(len, values)) < 2:
+                continue
+            shown = [with_interval(aggregate(each)) for each in values]
+            shown[2] = shown[2].replace("%", "", 1)
+            lines.append(f"| {' | '.join([name, probe, str(len(values[2])), *shown])} |")
+    lines += ["", "Means over seeds, with Student's 95% interval over them."]
+    return "\n".join(lines) if len(lines) > 4 else "Not run yet."
 
 
 def checks_table(folder: Path) -> str:
@@ -142,7 +169,7 @@ def trend_table(gates: Sequence[Path]) -> str:
                 ends.setdefault(path.attack, []).append((math.log10(path.exposures[-1]), 100 * lift.value))
         for attack, points_ in ends.items():
             x, y = zip(*points_, strict=True)
-            if len(set(x)) < 3:
+            if len({round(each / LEAST_STEP) for each in x}) < 3:  # two places make a line, whatever lies there
                 continue
             fit = linregress(x, y)
             half = float(t.ppf(0.975, len(x) - 2) * fit.stderr)
@@ -183,7 +210,14 @@ def row(name: str, record: RunRecord) -> list[str]:
     accuracy = [record.metric(of) for of in ("clean_accuracy", "clean_accuracy_clean_twin")]
     tail = [entry["linear_asr"] for entry in record.trajectory[-LAST:] if "linear_asr" in entry]
     spread = f"{percent(mean(tail))} (sd {points(stdev(tail)).lstrip('+')})" if len(tail) > 1 else MISSING
-    return [name, str(record.spec["seed"]), *values, *(percent(of.value if of else None) for of in accuracy), spread]
+    accuracies = (percent(of.value if of else None) for of in accuracy)
+    return [name, str(record.spec["seed"]), *values, *accuracies, spread, trained_on(record)]
+
+
+def trained_on(record: RunRecord) -> str:
+    """The victim's processor; "CPU" stands for the two cores of all other evidence."""
+    of = record.provenance.get("trained_on", {}).get("victim", {})
+    return of.get("processor", MISSING) if of.get("device") == "cuda" else "CPU"
 
 
 def described(found: Sequence[Cell]) -> str:
@@ -201,7 +235,10 @@ def path_of(record: RunRecord, probe: str) -> ExposurePath | None:
         return None
     poisons = record.provenance["poison"]["images"]
     method = record.spec["pretraining"]["method"]["name"]
-    label = NAMES.get(record.spec["attack"]["name"], record.spec["attack"]["name"])
+    attack = record.spec["attack"]
+    label = NAMES.get(attack["name"], attack["name"])
+    if attack["name"] == "ctrl":  # whose strength decides what it is
+        label += f" {attack['magnitude']:g}/{attack['test_magnitude']:g}"
     return ExposurePath(
         label if method == "simclr" else f"{label}, {METHODS.card(method).title}",
         [poisons * entry["epoch"] for entry in entries],

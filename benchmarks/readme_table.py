@@ -17,7 +17,7 @@ from blto.report.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "engine.md", ROOT / "docs" / "findings.md")
-GATES = ("gate1", "gate4", "gate4_levers", "gate5")
+GATES = ("gate1", "gate4", "gate4_levers", "gate4_controls", "gate4_repeats", "gate5")
 FOREIGN_LIMIT = 0.25
 """As in `timing`, which imports torch."""
 COLUMNS = (
@@ -35,10 +35,9 @@ SUMMARY = {
 
 
 def results_table(results: Path) -> str:
-    """Every run that was judged on the test set; those on held-out images are in docs/findings.md."""
-    stores = [folder for folder in sorted(results.iterdir()) if folder.is_dir()]
-    records = [record for store in stores for record in RunStore(store).list()]
-    return markdown_table([record for record in records if not record.spec.get("held_out")]).strip()
+    """Every run that no gate of docs/findings.md has a table for."""
+    stores = [folder for folder in sorted(results.iterdir()) if folder.is_dir() and not folder.name.startswith("gate")]
+    return markdown_table([record for store in stores for record in RunStore(store).list()]).strip()
 
 
 def speed_table(results: Path) -> str:
@@ -176,6 +175,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "levers": lambda results: findings.levers_table(results / "levers.jsonl"),
     "displacement": lambda results: findings.displacement_table(sorted(results.glob("gate*"))),
     "trend": lambda results: findings.trend_table(sorted(results.glob("gate*"))),
+    "gate5_seeds": lambda results: findings.seeds_table(results / "gate5"),
     "draws": lambda results: findings.draws_table(results / "probe_draws.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},
 }

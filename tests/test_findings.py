@@ -46,6 +46,10 @@ def test_a_path_leaves_the_start_out_and_its_lift_is_over_the_larger_of_both_ref
     other = findings.path_of(record(spec={**record().spec, "pretraining": {"method": {"name": "byol"}}}), "knn")
     assert other is not None
     assert other.attack == "BLTO, BYOL"
+    ctrl = {"name": "ctrl", "magnitude": 50.0, "test_magnitude": 100.0}
+    strong = findings.path_of(record(spec={**record().spec, "attack": ctrl}), "knn")
+    assert strong is not None
+    assert strong.attack == "CTRL 50/100"
 
 
 def test_a_table_has_a_row_a_cell_and_the_spread_over_the_last_snapshots(tmp_path: Path) -> None:
@@ -54,8 +58,25 @@ def test_a_table_has_a_row_a_cell_and_the_spread_over_the_last_snapshots(tmp_pat
     RunStore(gate).save(record(run_id="mine_1-s7-0123456789"))
     lines = findings.table(gate).splitlines()
     assert lines[2].startswith("| mine_1 | 7 | 60.0% [0.0, 100.0] | \N{EN DASH} | 50.0 [0.0, 100.0] |")
-    assert lines[2].endswith("| 60.0% (sd 0.0 points) |")
+    assert lines[2].endswith("| 60.0% (sd 0.0 points) | CPU |")
     assert lines[4].startswith("5,000 held-out training images.")
+
+
+def test_a_table_names_the_gpu_that_trained_a_victim(tmp_path: Path) -> None:
+    trained_on = {"victim": {"device": "cuda", "processor": "Some GPU"}}
+    RunStore(tmp_path).save(record(provenance={"trained_on": trained_on}))
+    assert findings.table(tmp_path).splitlines()[2].endswith("| Some GPU |")
+
+
+def test_the_table_over_seeds_has_a_row_a_name_and_probe_with_two_seeds_or_more(tmp_path: Path) -> None:
+    names = ("asr", "asr_clean_twin", "lift", "clean_accuracy", "clean_accuracy_clean_twin")
+    for seed, lift in ((0, 0.1), (1, 0.3)):
+        metrics = {"knn": {**{name: Metric(value=0.5, n=10) for name in names}, "lift": Metric(value=lift, n=10)}}
+        given = {"metrics": metrics, "took": False, "spec": {**record().spec, "seed": seed}}
+        assert findings.seeds_table(tmp_path) == "Not run yet."
+        RunStore(tmp_path).save(record(run_id=f"mine-s{seed}-0123456789", **given))
+    (line,) = findings.seeds_table(tmp_path).splitlines()[2:-2]
+    assert line.startswith("| mine | knn | 2 | 50.0% [50.0, 50.0] | 50.0% [50.0, 50.0] | 20.0 [")
 
 
 def test_the_table_of_displacements_shows_the_last_snapshot_of_victim_and_twin(tmp_path: Path) -> None:
@@ -93,6 +114,15 @@ def test_a_trend_is_followed_only_where_it_is_sure_to_rise(
     slope, last = line.split(" | ")[-2:]
     assert slope.startswith(f"{50 * (lifts[2] - lifts[0]):+.1f} [")
     assert last.startswith(reached)
+
+
+def test_no_trend_goes_through_two_places(tmp_path: Path) -> None:
+    for number, epoch in enumerate((10.0, 10.5, 1000.0)):
+        rows = [{"epoch": epoch, "knn_asr": 0.5, "knn_untriggered_rate": 0.0, "knn_clean_accuracy": 0.7}]
+        changes = {"trajectory": rows, "trajectory_clean_twin": rows, "took": False}
+        metrics = {"knn": {"lift": Metric(value=0.1 * number, n=10)}}
+        RunStore(tmp_path).save(record(run_id=f"blto-x-s{number}-0123456789", **changes, metrics=metrics))
+    assert findings.trend_table([tmp_path]) == "Not enough cells yet."
 
 
 def test_the_table_of_draws_has_a_row_an_encoder_and_probe(tmp_path: Path) -> None:

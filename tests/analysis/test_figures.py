@@ -235,7 +235,7 @@ def test_the_exposure_map_has_a_marker_an_attack_and_a_point_a_snapshot() -> Non
     for wrong in (
         [],
         [ExposurePath("a", [0, 10], fine, fine)],
-        [ExposurePath(str(i), [1, 10], fine, fine) for i in range(7)],
+        [ExposurePath(str(i), [1, 10], fine, fine) for i in range(13)],
     ):
         with pytest.raises(ConfigError, match=r"exposures hold 0|attacks; give paths"):
             exposure_map(wrong, "knn")

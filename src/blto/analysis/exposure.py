@@ -13,7 +13,7 @@ from matplotlib.ticker import MultipleLocator, NullFormatter, PercentFormatter, 
 from blto.analysis.style import INK, MUTED, column, legend_below, new_figure, styled
 from blto.errors import ConfigError
 
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p")
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ def exposure_map(paths: Sequence[ExposurePath], probe: str) -> Figure:
     """Every snapshot of every path as a point: where it lies, and by its colour what the poisons did until then.
 
     Args:
-        paths: of at most six attacks.
+        paths: of at most twelve attacks.
         probe: what measured accuracy and lift, for the labels.
 
     Raises:
-        ConfigError: no path, more than six attacks, exposures of 0, other lengths, or a number that is not finite.
+        ConfigError: no path, more than twelve attacks, exposures of 0, other lengths, or a number that is not finite.
     """
     attacks = list(dict.fromkeys(path.attack for path in paths))
     if not 0 < len(attacks) <= len(MARKERS):
