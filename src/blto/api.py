@@ -19,7 +19,7 @@ from blto.configuration import AnyPath, Config, Options, environment, read_spec,
 from blto.errors import ConfigError
 from blto.evaluation import evaluate_backdoor
 from blto.files import atomic_write, read_bytes
-from blto.models import checkpoints
+from blto.models import foreign
 from blto.models.encoder import Encoder
 from blto.outcome import ENCODER, TRIGGER
 from blto.poisoning import Trigger, VerifyReport, apply_to_uint8, write_poisoned
@@ -284,9 +284,12 @@ def load_trigger(path: AnyPath) -> Trigger:
     return poisoning.load_trigger(Path(path))
 
 
-def load_encoder(path: AnyPath) -> Encoder:
-    """An encoder from its file: a module in eval mode, images (B, 3, H, W) in [0, 1] -> features (B, D)."""
-    return checkpoints.load_encoder(Path(path))
+def load_encoder(path: AnyPath, arch: str | None = None, **options: Any) -> Encoder:
+    """An encoder from its file: a module in eval mode, images (B, 3, H, W) in [0, 1] -> features (B, D).
+
+    With `arch`, one that others have trained: see `models.foreign.import_encoder`, whose arguments `options` are.
+    """
+    return foreign.load(Path(path), arch, **options)
 
 
 def _delivered(file: Path, out: AnyPath | None) -> Path:

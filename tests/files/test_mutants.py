@@ -6,7 +6,7 @@ import gzip
 import io
 import pickle
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,14 @@ from PIL import Image
 
 from blto.errors import InputRefused
 from blto.files import read_json, write_json
-from blto.files.cifar_batches import parse_batch, read_cifar
+from blto.files.foreign.cifar_batches import parse_batch, read_cifar
 from blto.files.images import decode_image, encode_png
 from blto.files.parquet import read_image_parquet, write_image_parquet
 from blto.files.safetensors import parse_safetensors, write_safetensors
+from tests.files.damage import mutants
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 20, 3), np.uint8)
-
-
-def mutants(data: bytes, count: int) -> Iterator[bytes]:
-    """`count` damaged copies: a bit, a stretch overwritten, cut out, doubled or swapped in, or the end missing."""
-    rng = np.random.default_rng(len(data))
-    for number in range(count):
-        start, other = (int(place) for place in rng.integers(0, len(data), 2))
-        end = min(len(data), start + int(rng.integers(1, 65)))
-        piece = data[start:end]
-        yield (
-            data[:start] + bytes([data[start] ^ 1 << int(rng.integers(8))]) + data[start + 1 :],
-            data[:start] + bytes(len(piece)) + data[end:],
-            data[:start] + b"\xff" * len(piece) + data[end:],
-            data[:start] + data[end:],
-            data[:end] + piece + data[end:],
-            data[:start] + data[other : other + len(piece)] + data[end:],
-            data[:start],
-        )[number % 7]
 
 
 def outcomes(read: Callable[[bytes], Any], data: bytes, count: int) -> list[Any]:

@@ -16,8 +16,8 @@ from blto.data.marker import refuse_poisoned
 from blto.data.parquet import find_parquet, read_parquet
 from blto.errors import ConfigError, InputRefused, ResourceExhausted
 from blto.files import show
-from blto.files.cifar_batches import read_cifar
 from blto.files.download import download
+from blto.files.foreign.cifar_batches import read_cifar
 from blto.registry import Card
 from blto.runtime.progress import ON_STANDARD_ERROR, Progress
 from blto.runtime.seeds import numpy_generator

@@ -1,7 +1,7 @@
 """Files: the only code that writes them, and the only code that parses foreign ones. Imports no torch.
 
-The readers of one format (`images`, `parquet`, `cifar_batches`, `safetensors`) are imported by their own names, so that
-a command which only writes JSON does not load them.
+The readers of one format (`images`, `parquet`, `safetensors`, those in `foreign`) are imported by their own names, so
+that a command which only writes JSON does not load them.
 """
 
 from blto.files.atomic import (

@@ -48,7 +48,7 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: Sequence[int], widths: Sequence[int], stem_stride: int) -> None:
         super().__init__()
-        self.widths = tuple(widths)
+        self.blocks, self.widths = tuple(blocks), tuple(widths)
         self.stem = nn.Sequential(_conv3x3(3, widths[0], stem_stride), nn.BatchNorm2d(widths[0]), nn.ReLU())
         stages: list[nn.Module] = []
         inputs = widths[0]

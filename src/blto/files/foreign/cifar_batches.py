@@ -1,18 +1,14 @@
 """CIFAR-10 and CIFAR-100 in their original form: Python pickles, read without running them.
 
-A pickle is a program. Here its instructions are listed (`pickletools.genops`) and a small allow-list of them is
-interpreted into plain data. The one class it may name is NumPy's array, which is recognised by its pattern and built
-here from the bytes. Anything else is refused before it can have an effect.
+The one class that such a pickle may name is NumPy's array, which is recognised by its pattern and built here from the
+bytes. Anything else is refused before it can have an effect.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
-import pickletools
-import re
 import tarfile
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blto.errors import InputRefused
+from blto.files.foreign.pickles import Global, Interpreter, RefusedError, as_text
 from blto.files.reading import open_regular, read_bytes
 from blto.files.text import show
 
@@ -28,7 +25,6 @@ CODE = "PICKLE-REFUSED"
 _MAX_BATCH_BYTES = 256 << 20  # CIFAR-100's training file, the largest, has 155 MB
 _MAX_ARCHIVE_BYTES = 512 << 20  # unpacked; both archives have about 186 MB
 _MAX_MEMBERS = 100  # the archives have about 10
-_MAX_STEPS = 2_000_000
 _SHAPE, _PIXELS = (3, 32, 32), 3 * 32 * 32
 
 
@@ -83,10 +79,12 @@ def parse_batch(data: bytes, name: str) -> dict[str, Any]:
         InputRefused: PICKLE-REFUSED; nothing in the file has been run.
     """
     try:
-        value = _Interpreter().run(data)
+        value = _Batches(len(data)).run(data)
+        if type(value) is not dict:
+            raise RefusedError("it does not hold a mapping")
     except Exception as error:  # a damaged program can fail in any way: an empty stack, a missing memo, a bad length
         raise _refusal(name, error) from error
-    return {_text(key): _plain(entry) for key, entry in value.items()}
+    return {as_text(key): _plain(entry) for key, entry in value.items()}
 
 
 def _split_part(data: bytes, name: str, label_key: str, classes: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -113,7 +111,7 @@ def _read_archive(source: Path, layout: _Layout, batches: tuple[str, ...]) -> di
         try:
             unpacked = gzip.GzipFile(fileobj=file).read(_MAX_ARCHIVE_BYTES + 1)
             if len(unpacked) > _MAX_ARCHIVE_BYTES:
-                raise _RefusedError(f"it unpacks to more than {_MAX_ARCHIVE_BYTES} bytes")
+                raise RefusedError(f"it unpacks to more than {_MAX_ARCHIVE_BYTES} bytes")
             with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
                 members = {member.name: member for member in islice(archive, _MAX_MEMBERS)}
                 return {name: _read_member(archive, members.get(f"{layout.folder}/{name}"), name) for name in names}
@@ -125,17 +123,8 @@ def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo | None, name:
     content = archive.extractfile(member) if member and member.isreg() and not member.issparse() else None
     data = content.read() if content else b""
     if not member or not data or len(data) != member.size:
-        raise _RefusedError(f"{name} is missing in it, cut short, or not a plain file")
+        raise RefusedError(f"{name} is missing in it, cut short, or not a plain file")
     return data
-
-
-class _RefusedError(Exception):
-    """Why a pickle or an archive is refused; the caller adds the file."""
-
-
-class _Global(NamedTuple):
-    module: str
-    name: str
 
 
 class _Array:
@@ -144,144 +133,55 @@ class _Array:
     value: npt.NDArray[np.uint8] | None = None
 
 
-_RECONSTRUCT = {_Global(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
-_NDARRAY, _DTYPE, _ENCODE = _Global("numpy", "ndarray"), _Global("numpy", "dtype"), _Global("_codecs", "encode")
+_RECONSTRUCT = {Global(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")}
+_NDARRAY, _DTYPE, _ENCODE = Global("numpy", "ndarray"), Global("numpy", "dtype"), Global("_codecs", "encode")
 _GLOBALS = {*_RECONSTRUCT, _NDARRAY, _DTYPE, _ENCODE}
-_MARK, _U1 = object(), object()  # a mark on the stack, and the one accepted dtype
+_U1 = object()
+"""Stands for the one accepted dtype."""
 
 
-class _Interpreter:
-    """A stack, a memo, and one method per kind of instruction."""
+class _Batches(Interpreter):
+    needed_by = "image batches"
 
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.room = 0
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
 
-    def run(self, data: bytes) -> dict[Any, Any]:
-        self.room = len(data)
-        for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if step > _MAX_STEPS:
-                raise _RefusedError("it is longer than any image batch")
-            if opcode.name == "STOP":
-                break
-            if _LITERAL.fullmatch(opcode.name):
-                self.stack.append(argument)
-            elif opcode.name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[opcode.name]())
-            elif opcode.name in _ACTIONS:
-                _ACTIONS[opcode.name](self, argument)
-            elif opcode.name not in ("PROTO", "FRAME"):
-                raise _RefusedError(f"it uses {opcode.name}, which image batches never need; nothing was run")
-        if len(self.stack) != 1 or type(self.stack[0]) is not dict:
-            raise _RefusedError("it does not hold a mapping")
-        return self.stack[0]
+    def named(self, reference: Global) -> Global:
+        return reference if reference in _GLOBALS else super().named(reference)
 
-    def since_mark(self) -> list[Any]:
-        start = next(index for index in reversed(range(len(self.stack))) if self.stack[index] is _MARK)
-        items = self.stack[start + 1 :]
-        del self.stack[start:]
-        return items
-
-    def last(self, count: int) -> list[Any]:
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        return items
-
-    def append(self, items: list[Any]) -> None:
-        if type(self.stack[-1]) is not list:
-            raise _RefusedError("it appends to what is not a list")
-        self.stack[-1].extend(items)
-
-    def set_items(self, items: list[Any]) -> None:
-        if type(self.stack[-1]) is not dict or len(items) % 2:
-            raise _RefusedError("it sets items of what is not a mapping")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | bytes):
-                raise _RefusedError("it has a key that is not a text")
-            self.stack[-1][key] = value
-
-    def put(self, key: int | None) -> None:
-        self.memo[len(self.memo) if key is None else key] = self.stack[-1]
-
-    def name_global(self, module: Any, name: Any) -> None:
-        reference = _Global(_text(module), _text(name))
-        if reference not in _GLOBALS:
-            shown = show(".".join(reference), 80)
-            raise _RefusedError(f"it refers to {shown}, which image batches never need; nothing was run")
-        self.stack.append(reference)
-
-    def reduce(self, _: Any) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
+    def called(self, function: Any, arguments: Any) -> Any:
         # The type is asked first: comparing or hashing a hostile nest of tuples may never end.
-        known = function if isinstance(function, _Global) else None
+        known = function if isinstance(function, Global) else None
         if known in _RECONSTRUCT and len(arguments) == 3 and arguments[:2] == (_NDARRAY, (0,)):
-            self.stack.append(_Array())
-        elif known == _DTYPE and len(arguments) == 3 and _text(arguments[0]) == "u1":
-            self.stack.append(_U1)
-        elif known == _ENCODE and len(arguments) == 2 and _text(arguments[1]) == "latin1":
-            self.stack.append(self.encode(arguments[0]))
-        else:
-            raise _RefusedError("it calls something that is not part of an image batch; nothing was run")
+            return _Array()
+        if known == _DTYPE and len(arguments) == 3 and as_text(arguments[0]) == "u1":
+            return _U1
+        if known == _ENCODE and len(arguments) == 2 and as_text(arguments[1]) == "latin1":
+            return self.encode(arguments[0])
+        return super().called(function, arguments)
 
     def encode(self, text: Any) -> bytes:
         """Bytes that Python 2, or protocol 2, spelled as Latin-1 text; each may be spelled once, not multiplied."""
         self.room -= len(text)
         if self.room < 0:
-            raise _RefusedError("it unpacks to more than its own size")
-        return _text(text).encode("latin-1")
+            raise RefusedError("it unpacks to more than its own size")
+        return as_text(text).encode("latin-1")
 
-    def build(self, _: Any) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
+    def filled(self, target: Any, state: Any) -> None:
         if isinstance(target, _Array):
             target.value = self.array(state)
         elif target is not _U1:  # a dtype's state (byte order, alignment) says nothing about single bytes
-            raise _RefusedError("it sets the state of something that is not an array; nothing was run")
+            super().filled(target, state)
 
     def array(self, state: Any) -> npt.NDArray[np.uint8]:
         _, shape, dtype, fortran_order, data = state
         raw = self.encode(data) if isinstance(data, str) else data
         if dtype is not _U1 or not isinstance(raw, bytes):
-            raise _RefusedError("its array is not one of unsigned bytes")
+            raise RefusedError("its array is not one of unsigned bytes")
         if len(shape) != 2 or not all(type(size) is int and 0 <= size <= len(raw) for size in shape):
-            raise _RefusedError("its array is not a table of images")
+            raise RefusedError("its array is not a table of images")
         return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran_order is True else "C")
-
-
-_LITERAL = re.compile(r"BININT[12]?|LONG1|BINFLOAT|(SHORT_)?BIN(STRING|BYTES|UNICODE)8?")
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "MARK": lambda: _MARK,
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-}
-_ACTIONS: dict[str, Callable[[_Interpreter, Any], None]] = {
-    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.since_mark())),
-    "TUPLE1": lambda machine, _: machine.stack.append(tuple(machine.last(1))),
-    "TUPLE2": lambda machine, _: machine.stack.append(tuple(machine.last(2))),
-    "TUPLE3": lambda machine, _: machine.stack.append(tuple(machine.last(3))),
-    "APPEND": lambda machine, _: machine.append(machine.last(1)),
-    "APPENDS": lambda machine, _: machine.append(machine.since_mark()),
-    "SETITEM": lambda machine, _: machine.set_items(machine.last(2)),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
-    "BINPUT": _Interpreter.put,
-    "LONG_BINPUT": _Interpreter.put,
-    "MEMOIZE": _Interpreter.put,
-    "BINGET": lambda machine, key: machine.stack.append(machine.memo[key]),
-    "LONG_BINGET": lambda machine, key: machine.stack.append(machine.memo[key]),
-    "GLOBAL": lambda machine, argument: machine.name_global(*argument.split(" ", 1)),
-    "STACK_GLOBAL": lambda machine, _: machine.name_global(*machine.last(2)),
-    "REDUCE": _Interpreter.reduce,
-    "BUILD": _Interpreter.build,
-}
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str | bytes):
-        raise _RefusedError("it has something else where a text belongs")
-    return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
 def _plain(value: Any) -> Any:
@@ -289,11 +189,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, list):
-        return [_text(entry) if isinstance(entry, bytes) else entry for entry in value]
-    return _text(value) if isinstance(value, bytes) else value
+        return [as_text(entry) if isinstance(entry, bytes) else entry for entry in value]
+    return as_text(value) if isinstance(value, bytes) else value
 
 
 def _refusal(name: str, reason: str | Exception) -> InputRefused:
-    if isinstance(reason, Exception) and not isinstance(reason, _RefusedError):
+    if isinstance(reason, Exception) and not isinstance(reason, RefusedError):
         reason = f"damaged ({show(reason, 80)})"
     return InputRefused(f"{show(name)}: {reason}. Download CIFAR again from its authors.", code=CODE)

@@ -1,0 +1,119 @@
+"""Checkpoints of other programs as plain arrays: safetensors, torch's zip files, and torch's legacy pickles.
+
+`torch.load` is never called, not even with `weights_only=True`: malformed files have made it read out of bounds or run
+code, release after release. What a file is, its first bytes say, not its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from blto.errors import InputRefused
+from blto.files.atomic import sha256_bytes
+from blto.files.foreign import legacy, sandbox, zipped
+from blto.files.foreign.pickles import RefusedError
+from blto.files.foreign.weights import Tensor
+from blto.files.reading import GIB, read_bytes
+from blto.files.safetensors import parse_safetensors
+from blto.files.text import show
+
+Array = npt.NDArray[Any]
+CODE = "CKPT-REFUSED"
+
+
+class Opened(Protocol):
+    """A parsed file: its tensors by group and name, and their numbers on demand."""
+
+    groups: dict[str, dict[str, Tensor]]
+
+    def take(self, tensor: Tensor) -> Array:
+        """The tensor's numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a file.
+
+    Attributes:
+        name: of the file, for messages.
+        format: "safetensors", "torch zip" or "torch legacy".
+        sha256: of the bytes that were parsed.
+        groups: dotted path of a mapping inside the file ("state_dict", "" for the whole) -> name -> shape.
+        layers: what held the process that read it, where that was one of its own.
+    """
+
+    name: str
+    format: str
+    sha256: str
+    groups: Mapping[str, Mapping[str, tuple[int, ...]]]
+    layers: tuple[str, ...] = ()
+    _arrays: Mapping[str, Mapping[str, Array]] | None = field(default=None, repr=False)
+    _opened: Opened | None = field(default=None, repr=False)
+
+    def arrays(self, group: str) -> dict[str, Array]:
+        """The arrays of one group; bfloat16 is widened to float32.
+
+        Raises:
+            InputRefused: CKPT-REFUSED, where a tensor's bytes are damaged.
+        """
+        if self._arrays is not None:
+            return dict(self._arrays[group])
+        assert self._opened is not None  # one of both is there
+        try:
+            return {name: self._opened.take(tensor) for name, tensor in self._opened.groups[group].items()}
+        except Exception as error:  # zipfile meets damage with several kinds of exception
+            refuse(self.name, error)
+
+
+def read_checkpoint(path: Path, *, max_bytes: int = 8 * GIB) -> Checkpoint:
+    """Open a checkpoint of any of the three formats. The file is read once, so what is hashed is what is parsed.
+
+    Args:
+        path: the file.
+        max_bytes: a larger one is refused.
+
+    Raises:
+        InputRefused: CKPT-REFUSED: not a checkpoint, damaged, or holding anything but dense tensors of numbers beside
+            plain data; nothing in it was run.
+    """
+    data = read_bytes(path, max_bytes=max_bytes, code=CODE)
+    name, digest = show(path), sha256_bytes(data)
+    if data.startswith(zipped.START):
+        return _opened(name, "torch zip", digest, data)
+    if data.startswith(legacy.START):
+        try:
+            groups, layers = sandbox.convert(data)
+        except RefusedError as error:
+            refuse(name, error)
+        return Checkpoint(name, "torch legacy", digest, _shapes(groups), layers, groups)
+    if data[8:9] == b"{":
+        flat, _ = parse_safetensors(data, name)
+        return Checkpoint(name, "safetensors", digest, _shapes({"": flat}), (), {"": flat})
+    refuse(name, RefusedError("neither safetensors nor a checkpoint of torch"))
+
+
+def _opened(name: str, kind: str, digest: str, data: bytes) -> Checkpoint:
+    try:
+        opened = zipped.ZipCheckpoint(data)
+    except Exception as error:  # a damaged archive or pickle can fail in any way
+        refuse(name, error)
+    shapes = {group: {key: tensor.shape for key, tensor in of.items()} for group, of in opened.groups.items()}
+    return Checkpoint(name, kind, digest, shapes, (), None, opened)
+
+
+def _shapes(groups: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {group: {name: np.shape(array) for name, array in of.items()} for group, of in groups.items()}
+
+
+def refuse(name: str, reason: Exception) -> NoReturn:
+    """Raise the one line that says why a file is refused."""
+    said = show(str(reason), 140) if isinstance(reason, RefusedError) else f"damaged ({show(reason, 80)})"
+    advice = "Nothing was loaded. Ask its author for a .safetensors file."
+    raise InputRefused(f"{name}: {said}. {advice}", code=CODE) from reason
