@@ -84,7 +84,8 @@ def checked(found: Imported, network: nn.Module) -> Imported:
 
 
 def test_a_checkpoint_of_moco_gives_the_query_encoder(tmp_path: Path, resnet: nn.Module) -> None:
-    other = {name: value + 1 for name, value in resnet.state_dict().items()}
+    other = {name: value.clone() for name, value in resnet.state_dict().items()}
+    other["conv1.weight"] *= 2
     weights = under("module.encoder_k.", other) | under("module.encoder_q.", resnet.state_dict())
     file = saved(tmp_path / "m.pth.tar", {"epoch": 200, "state_dict": weights | {"module.queue": torch.rand(8, 16)}})
     found = checked(import_encoder(file, "torchvision/resnet18"), resnet)
@@ -100,7 +101,7 @@ def test_a_legacy_checkpoint_is_found_too(tmp_path: Path, resnet: nn.Module) -> 
     file = saved(tmp_path / "m.pth", resnet.state_dict(), _use_new_zipfile_serialization=False)
     found = checked(import_encoder(file, "torchvision/resnet18"), resnet)
     assert (found.place, found.format) == ("the whole file", "torch legacy")
-    assert "no files" in found.layers
+    assert "file size" in found.layers
 
 
 def test_safetensors_are_found_too(tmp_path: Path, resnet: nn.Module) -> None:
@@ -147,10 +148,13 @@ def refusal(file: Path, arch: str = "torchvision/resnet18", **how: Any) -> Input
 def test_another_architecture_is_refused_with_what_is_missing(tmp_path: Path, resnet: nn.Module) -> None:
     file = saved(tmp_path / "m.pt", {"state_dict": under("module.", resnet.state_dict())})
     error = refusal(file, "torchvision/resnet34")
-    assert "tensors of torchvision/resnet34 are missing (layer1.2." in str(error)
-    assert "even at state_dict.module, where most were found. Give another arch or key_prefix." in str(error)
-    assert "102 of" not in str(error)
-    assert "are missing" in str(refusal(file, key_prefix="nothing."))
+    what = "80 of 180 tensors of torchvision/resnet34 are missing at state_dict.module (layer1.2.bn1.bias)"
+    assert str(error) == f"{file}: {what}. Give another arch or key_prefix."
+    assert "none of the 100 tensors of torchvision/resnet18 is in it" in str(refusal(file, key_prefix="nothing."))
+    cifar = build_encoder("resnet18", seed=0).backbone.state_dict()
+    cifar["stem.0.weight"] = torch.zeros(64, 3, 7, 7)
+    shape = "(stem.0.weight has shape (64, 3, 7, 7), not (64, 3, 3, 3))"
+    assert shape in str(refusal(saved(tmp_path / "c.pt", cifar), "resnet18"))
     with pytest.raises(ConfigError, match="unknown torchvision model"):
         import_encoder(file, "torchvision/resnet1")
 
@@ -161,6 +165,47 @@ def test_a_lightly_generator_s_numbers_are_not_taken_for_another_net(tmp_path: P
 
     layers = list(ResNetGenerator("resnet-18").children())[:-1]
     refusal(saved(tmp_path / "m.pt", nn.Sequential(*layers).state_dict()), "resnet18")
+
+
+def test_of_several_nets_one_must_be_asked_for(tmp_path: Path, resnet: nn.Module) -> None:
+    second = {name: value.clone() for name, value in resnet.state_dict().items()}
+    second["conv1.weight"] *= 2
+    file = saved(tmp_path / "m.pt", {"first": resnet.state_dict(), "second": second})
+    assert "2 places in it fit (first, second); give one of them as key_prefix" in str(refusal(file))
+    assert import_encoder(file, "torchvision/resnet18", key_prefix="second").place == "second"
+    named = saved(tmp_path / "n.pt", {"nonlinear": second, "online_encoder": resnet.state_dict()})
+    found = import_encoder(named, "torchvision/resnet18")
+    assert (found.place, found.others) == ("online_encoder", ("nonlinear",))
+
+
+def test_a_mixture_of_two_nets_is_none(tmp_path: Path, resnet: nn.Module) -> None:
+    file = saved(tmp_path / "m.pt", {"a": numbered(resnet), "a.b": {"bn1.bias": torch.zeros(64)}})
+    assert import_encoder(file, "torchvision/resnet18").place == "a"
+    named = {name: value for name, value in resnet.state_dict().items() if name.startswith("layer")}
+    half = {name: value for name, value in numbered(resnet).items() if name[0] in "01"}
+    refusal(saved(tmp_path / "h.pt", named | half))
+
+
+def test_another_kind_of_numbers_is_refused(tmp_path: Path, resnet: nn.Module) -> None:
+    weights = {name: value.to(torch.int8) for name, value in resnet.state_dict().items()}
+    assert "holds int8, where the architecture has torch.float32" in str(refusal(saved(tmp_path / "m.pt", weights)))
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path: Path, resnet: nn.Module) -> None:
+    weights = dict(resnet.state_dict())
+    weights["layer2.0.bn1.running_var"] = torch.full((128,), -1.0)
+    error = refusal(saved(tmp_path / "m.pt", weights))
+    assert error.code == "CKPT-NAN"
+    assert "its features of two images of noise hold NaN or Inf" in str(error)
+
+
+def test_what_cannot_be_built_is_told_before_the_file_is_read(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nothing.pt"
+    with pytest.raises(ConfigError, match=r"timm/vit_tiny_patch16_224 does not take images of 32 pixels .*image_size"):
+        import_encoder(nowhere, "timm/vit_tiny_patch16_224")
+    for wrong in ({"mean": (1.0, 2.0)}, {"std": (0.0, 1.0, 1.0)}, {"mean": (float("nan"), 0.0, 0.0)}):
+        with pytest.raises(ConfigError, match="give three numbers, one a channel, of std above 0"):
+            import_encoder(nowhere, "resnet18", **wrong)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])

@@ -41,16 +41,15 @@ _SLOT, _BLANK = b'"blto.sha256":"', b"0" * 64
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write what `encode_safetensors` yields. Raises ResourceExhausted, as `atomic_write`."""
-    atomic_write(path, encode_safetensors(tensors, metadata))
-
-
-def encode_safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
-    """A file's content for arrays of any shape; the same input gives the same bytes.
+    """Write arrays of any shape; the same input gives the same bytes.
 
     Args:
+        path: the file.
         tensors: name -> float, integer or bool array.
         metadata: text -> text; keys that start with "blto." are reserved for the checksum.
+
+    Raises:
+        ResourceExhausted: as `atomic_write`.
     """
     # Widest types first, as the library does: every tensor then starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -68,7 +67,7 @@ def encode_safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]
     encoded = canonical_json(header)
     encoded += b" " * (-len(encoded) % 8)
     data = b"".join([len(encoded).to_bytes(8, "little"), encoded, *chunks])
-    return data.replace(_SLOT + _BLANK, _SLOT + sha256_bytes(data).encode(), 1)
+    atomic_write(path, data.replace(_SLOT + _BLANK, _SLOT + sha256_bytes(data).encode(), 1))
 
 
 def read_safetensors(path: Path, *, max_bytes: int = 8 * GIB) -> tuple[dict[str, Array], dict[str, str]]:

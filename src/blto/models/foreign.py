@@ -8,8 +8,8 @@ lightly's `ResNetGenerator` in an `nn.Sequential` fit no architecture here: that
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,15 @@ from blto.errors import ConfigError, InputRefused
 from blto.files.foreign.checkpoints import CODE, Checkpoint, read_checkpoint
 from blto.files.reading import GIB
 from blto.files.text import show
-from blto.models.backbones import ResNet
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import CIFAR_MEAN, CIFAR_STD, Encoder, build_encoder
+from blto.models.places import Place, preference, search, spellings_of
 
 Array = npt.NDArray[Any]
-Spelling = Callable[[str], str]
 Channels = tuple[float, float, float]
 
-PREFERRED = ("encoder_q", "online", "student", "backbone", "encoder")
-"""Of several nets that fit equally well, the one whose place names one of these, the first first."""
 COUNTER = "num_batches_tracked"
 """Of batch norm: not used, and not in every checkpoint."""
-
-
-NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-"""Of the layers of torchvision's ResNets, in order, those that have weights."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +54,6 @@ class Imported:
     others: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A group of a checkpoint, a prefix of names in it, and how what follows is spelled."""
-
-    group: str
-    prefix: str
-    spelling: str
-
-    def __str__(self) -> str:
-        return ".".join(part for part in (self.group, self.prefix.rstrip(".")) if part) or "the whole file"
-
-
 def import_encoder(
     path: Path,
     arch: str | Mapping[str, Any],
@@ -89,50 +70,94 @@ def import_encoder(
         path: a state dict, alone or inside a training's checkpoint: safetensors, or what `torch.save` writes.
         arch: an entry of BACKBONES, with its options where it has any, or a model's name behind "timm/" or
             "torchvision/".
-        key_prefix: take the tensors whose names start with it, in whichever mapping most of them fit.
+        key_prefix: which of several nets: the beginning of its tensors' names, or the whole path to it in the file, as
+            `Imported.place` has it.
         image_size: side of the images that it takes.
         mean, std: per channel, of images in [0, 1], as it was trained with.
         max_bytes: larger files are refused.
 
     Raises:
-        ConfigError: an unknown architecture.
-        InputRefused: CKPT-REFUSED as `read_checkpoint`; or tensors of the architecture are missing, or NaN or Inf is
-            among the weights.
+        ConfigError: an unknown architecture, one that does not take such images, or channels that are no numbers.
+        InputRefused: CKPT-REFUSED as `read_checkpoint`, or where tensors of the architecture are missing, of another
+            shape or kind, or several nets fit equally well; CKPT-NAN where weights or features hold NaN or Inf.
     """
-    encoder = build_encoder(arch, seed=0, image_size=image_size)
+    encoder = _built(arch, image_size, mean, std)
     checkpoint = read_checkpoint(path, max_bytes=max_bytes)
-    wanted = {name: tuple(value.shape) for name, value in encoder.backbone.state_dict().items()}
-    spellings = _spellings(encoder)
-    found = _search(checkpoint, wanted, spellings, key_prefix)
+    own = encoder.backbone.state_dict()
+    wanted = {name: tuple(value.shape) for name, value in own.items()}
+    found = search(checkpoint.groups, wanted, spellings_of(encoder), key_prefix)
     needed = {name for name in wanted if not name.endswith(COUNTER)}
-    ranked = sorted(found, key=lambda place: (-len(needed & found[place].keys()), _preference(place), str(place)))
-    best = ranked[0] if ranked else _Place("", key_prefix or "", "as they are")
-    names = found.get(best, {})
-    if missing := sorted(needed - names.keys()):
-        first, what = ", ".join(show(name, 60) for name in missing[:2]), show(str(arch), 60)
+    ranked = sorted(found, key=lambda place: (-len(needed & found[place].keys()), preference(place), str(place)))
+    complete = [place for place in ranked if needed <= found[place].keys()]
+    if not complete:
+        raise _missing(checkpoint, ranked[0] if ranked else None, found, wanted, needed, show(str(arch), 60))
+    best = complete[0]
+    if len(complete) > 1 and preference(best) == preference(complete[1]):
+        several = ", ".join(show(str(place), 60) for place in complete[:3])
         raise InputRefused(
-            f"{checkpoint.name}: {len(missing)} of {len(needed)} tensors of {what} are missing ({first}), "
-            f"even at {show(str(best), 60)}, where most were found. Give another arch or key_prefix.",
+            f"{checkpoint.name}: {len(complete)} places in it fit ({several}); give one of them as key_prefix.",
             code=CODE,
         )
     arrays = checkpoint.arrays(best.group)
-    state = {name: _as_float(arrays[source]) for name, source in names.items()}
+    names = found[best]
+    state = {name: _of_kind(arrays[source], own[name], source, checkpoint.name) for name, source in names.items()}
     _require_finite(state, checkpoint.name)
-    encoder.backbone.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=False)
-    encoder.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
-    encoder.std.copy_(torch.tensor(std).view(1, 3, 1, 1))
+    encoder.backbone.load_state_dict(own | {name: torch.from_numpy(value) for name, value in state.items()})
+    _require_features(encoder.eval(), image_size, checkpoint.name)
     used = set(names.values())
     unexpected = [name for name in arrays if name.startswith(best.prefix) and name not in used]
-    others = {str(place) for place in ranked[1:] if needed <= found[place].keys()} - {str(best)}
     return Imported(
-        encoder.eval(),
+        encoder,
         checkpoint.format,
         checkpoint.sha256,
         checkpoint.layers,
         str(best),
         tuple(sorted(unexpected)),
-        tuple(sorted(others)),
+        tuple(str(place) for place in complete[1:]),
     )
+
+
+def _built(arch: str | Mapping[str, Any], image_size: int, mean: Channels, std: Channels) -> Encoder:
+    """The architecture, untrained. Raises ConfigError for one that cannot be, or does not take such images."""
+    for name, values in (("mean", mean), ("std", std)):
+        if (
+            len(values) != 3
+            or not all(math.isfinite(value) for value in values)
+            or (name == "std" and min(values) <= 0)
+        ):
+            raise ConfigError(f"{name} is {show(str(values), 60)}; give three numbers, one a channel, of std above 0.")
+    try:
+        encoder = build_encoder(arch, seed=0, image_size=image_size)
+    except (AssertionError, RuntimeError, ValueError) as error:  # as each library says it
+        what, reason = show(str(arch), 60), show(str(error), 100)
+        raise ConfigError(f"{what} does not take images of {image_size} pixels ({reason}); give image_size.") from error
+    encoder.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+    encoder.std.copy_(torch.tensor(std).view(1, 3, 1, 1))
+    return encoder
+
+
+def _missing(
+    checkpoint: Checkpoint,
+    best: Place | None,
+    found: Mapping[Place, Mapping[str, str]],
+    wanted: Mapping[str, tuple[int, ...]],
+    needed: set[str],
+    what: str,
+) -> InputRefused:
+    """Why no place is complete: the tensors that the best one lacks, or has in another shape."""
+    if best is None or not needed & found[best].keys():
+        text = f"none of the {len(needed)} tensors of {what} is in it, by name and shape"
+        return InputRefused(f"{checkpoint.name}: {text}. Give another arch or key_prefix.", code=CODE)
+    lacking = sorted(needed - found[best].keys())
+    shapes = checkpoint.groups[best.group]
+    shaped = [name for name in lacking if best.prefix + name in shapes]
+    first = lacking[0]
+    detail = show(first, 60)
+    if shaped:
+        first = shaped[0]
+        detail = f"{show(first, 60)} has shape {shapes[best.prefix + first]}, not {wanted[first]}"
+    text = f"{len(lacking)} of {len(needed)} tensors of {what} are missing at {show(str(best), 60)} ({detail})"
+    return InputRefused(f"{checkpoint.name}: {text}. Give another arch or key_prefix.", code=CODE)
 
 
 def load(path: Path, arch: str | Mapping[str, Any] | None = None, **options: Any) -> Encoder:
@@ -144,74 +169,16 @@ def load(path: Path, arch: str | Mapping[str, Any] | None = None, **options: Any
     return load_encoder(path)
 
 
-def _search(
-    checkpoint: Checkpoint,
-    wanted: Mapping[str, tuple[int, ...]],
-    spellings: Mapping[str, Spelling],
-    key_prefix: str | None,
-) -> dict[_Place, dict[str, str]]:
-    """For each place the tensors that fit there by name and shape: the architecture's name -> the file's."""
-    found: dict[_Place, dict[str, str]] = {}
-    for group, shapes in checkpoint.groups.items():
-        for name, shape in shapes.items():
-            for prefix, rest in _divisions(name):
-                if key_prefix is not None and prefix != key_prefix:
-                    continue
-                for spelling, respelled in spellings.items():
-                    target = respelled(rest)
-                    if wanted.get(target) == shape:
-                        found.setdefault(_Place(group, prefix, spelling), {})[target] = name
-    return found
-
-
-def _divisions(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to read a dotted name as a prefix, with its dot, and a rest."""
-    yield "", name
-    for dot in (at for at, letter in enumerate(name) if letter == "."):
-        yield name[: dot + 1], name[dot + 1 :]
-
-
-def _preference(place: _Place) -> int:
-    """The rank of a place among those that fit equally well."""
-    return next((rank for rank, word in enumerate(PREFERRED) if word in str(place)), len(PREFERRED))
-
-
-def _spellings(encoder: Encoder) -> dict[str, Spelling]:
-    """How names may be spelled: as they are, as torchvision has them, or by their numbers in an `nn.Sequential`."""
-    own: Spelling = _from_torchvision(encoder.backbone) if isinstance(encoder.backbone, ResNet) else str
-    return {
-        "as they are": str,
-        "as torchvision has them": own,
-        "as a sequence of torchvision's layers": lambda name: own(_from_numbers(name)),
-    }
-
-
-def _from_numbers(name: str) -> str:
-    """`0.weight` is `conv1.weight`, `1.bias` is `bn1.bias`, `5.0.conv1.weight` is `layer2.0.conv1.weight`."""
-    head, _, rest = name.partition(".")
-    return f"{NUMBERED[head]}.{rest}" if head in NUMBERED else name
-
-
-def _from_torchvision(backbone: ResNet) -> Spelling:
-    """torchvision's name of a tensor of a basic-block ResNet to the name that blto's has for it."""
-    counts = backbone.blocks
-
-    def respelled(name: str) -> str:
-        if match := re.fullmatch(r"(conv1|bn1)\.(.+)", name):
-            return f"stem.{0 if match[1] == 'conv1' else 1}.{match[2]}"
-        if match := re.fullmatch(r"layer(\d)\.(\d)\.(.+)", name):
-            stage, block = int(match[1]) - 1, int(match[2])
-            if not 0 <= stage < len(counts) or block >= counts[stage]:
-                return name
-            return f"stages.{sum(counts[:stage]) + block}.{match[3].replace('downsample', 'shortcut')}"
-        return name
-
-    return respelled
-
-
-def _as_float(value: Array) -> Array:
-    """Floats of any width as float32, whole numbers as they are; an array of its own."""
-    return np.array(value, np.float32) if value.dtype.kind == "f" else np.array(value)
+def _of_kind(value: Array, own: torch.Tensor, name: str, file: str) -> Array:
+    """The array as the architecture has it, floats as float32. Raises InputRefused for another kind of numbers."""
+    if (value.dtype.kind == "f") != own.is_floating_point():
+        raise InputRefused(
+            f"{file}: {show(name, 60)} holds {value.dtype}, where the architecture has {show(str(own.dtype))}. "
+            "Ask its author for the weights as they were trained.",
+            code=CODE,
+        )
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+        return np.array(value, np.float32 if own.is_floating_point() else np.int64)
 
 
 def _require_finite(state: Mapping[str, Array], name: str) -> None:
@@ -220,6 +187,19 @@ def _require_finite(state: Mapping[str, Array], name: str) -> None:
     if bad:
         raise InputRefused(
             f"{name}: {len(bad)} of {len(state)} tensors hold NaN or Inf (first: {show(bad[0], 60)}). "
+            "Ask its author for an encoder whose training did not diverge.",
+            code="CKPT-NAN",
+        )
+
+
+def _require_features(encoder: Encoder, image_size: int, name: str) -> None:
+    """Raises InputRefused where weights that are numbers give features that are none."""
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        finite = bool(torch.isfinite(encoder(images)).all())
+    if not finite:
+        raise InputRefused(
+            f"{name}: its features of two images of noise hold NaN or Inf, though its weights do not. "
             "Ask its author for an encoder whose training did not diverge.",
             code="CKPT-NAN",
         )

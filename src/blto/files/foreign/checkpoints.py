@@ -68,7 +68,9 @@ class Checkpoint:
         assert self._opened is not None  # one of both is there
         try:
             return {name: self._opened.take(tensor) for name, tensor in self._opened.groups[group].items()}
-        except Exception as error:  # zipfile meets damage with several kinds of exception
+        except MemoryError:
+            raise
+        except Exception as error:
             refuse(self.name, error)
 
 
@@ -87,21 +89,25 @@ def read_checkpoint(path: Path, *, max_bytes: int = 8 * GIB) -> Checkpoint:
     name, digest = show(path), sha256_bytes(data)
     if data.startswith(zipped.START):
         return _opened(name, "torch zip", digest, data)
+    if data[8:9] == b"{":  # asked first: the length before it may begin as a pickle does
+        flat, _ = parse_safetensors(data, name)
+        if not flat:
+            refuse(name, RefusedError("it holds no tensor"))
+        return Checkpoint(name, "safetensors", digest, _shapes({"": flat}), (), {"": flat})
     if data.startswith(legacy.START):
         try:
             groups, layers = sandbox.convert(data)
         except RefusedError as error:
             refuse(name, error)
         return Checkpoint(name, "torch legacy", digest, _shapes(groups), layers, groups)
-    if data[8:9] == b"{":
-        flat, _ = parse_safetensors(data, name)
-        return Checkpoint(name, "safetensors", digest, _shapes({"": flat}), (), {"": flat})
     refuse(name, RefusedError("neither safetensors nor a checkpoint of torch"))
 
 
 def _opened(name: str, kind: str, digest: str, data: bytes) -> Checkpoint:
     try:
         opened = zipped.ZipCheckpoint(data)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged archive or pickle can fail in any way
         refuse(name, error)
     shapes = {group: {key: tensor.shape for key, tensor in of.items()} for group, of in opened.groups.items()}

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from blto.files.foreign.groups import grouped
 from blto.files.foreign.pickles import Interpreter, RefusedError, as_text
-from blto.files.foreign.weights import Storage, Tensor, Weights, grouped, storage_of
+from blto.files.foreign.weights import Tensor, Weights
 
 START = b"\x80"
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -30,15 +31,15 @@ class LegacyCheckpoint:
         system = Interpreter().run(stream)
         if type(system) is not dict or system.get("little_endian") is not True:
             raise RefusedError("its numbers are not little-endian")
-        self._declared: dict[str, Storage] = {}
-        value = Weights(self._storage).run(stream)
+        weights = Weights()
+        value = weights.run(stream)
         keys = Interpreter().run(stream)
-        if type(keys) is not list or {as_text(key) for key in keys} != self._declared.keys():
+        if type(keys) is not list or {as_text(key) for key in keys} != weights.storages.keys():
             raise RefusedError("it does not list the storages that it uses")
         self._places: dict[str, memoryview] = {}
         position, view = stream.tell(), memoryview(data)
         for key in map(as_text, keys):
-            storage = self._declared[key]
+            storage = weights.storages[key]
             if int.from_bytes(view[position : position + 8], "little") != storage.numel or key in self._places:
                 raise RefusedError("it has a storage of another size than it says")
             position += 8
@@ -51,11 +52,3 @@ class LegacyCheckpoint:
     def take(self, tensor: Tensor) -> Any:
         """The tensor's numbers."""
         return tensor.taken_from(self._places[tensor.storage.key])
-
-    def _storage(self, identity: tuple[Any, ...]) -> Storage:
-        storage = storage_of(identity)
-        if len(identity) != 6 or identity[5] is not None:
-            raise RefusedError("it has a storage that is a view of another; save it again with a newer torch")
-        if self._declared.setdefault(storage.key, storage) != storage:
-            raise RefusedError("it has one storage in two forms")
-        return storage

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import pickletools
-import re
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,12 +38,10 @@ class Interpreter:
     Attributes:
         needed_by: what such pickles hold, for messages.
         max_steps: instructions beyond which a pickle is refused.
-        keys: of which types the keys of mappings may be.
     """
 
     needed_by: ClassVar[str] = "plain data"
     max_steps: ClassVar[int] = 2_000_000
-    keys: ClassVar[tuple[type, ...]] = (str, bytes)
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -62,7 +59,7 @@ class Interpreter:
                 raise RefusedError(f"it is longer than {self.needed_by} ever are")
             if opcode.name == "STOP":
                 break
-            if _LITERAL.fullmatch(opcode.name):
+            if opcode.name in _LITERALS:
                 self.stack.append(argument)
             elif opcode.name in _CONSTANTS:
                 self.stack.append(_CONSTANTS[opcode.name]())
@@ -90,6 +87,16 @@ class Interpreter:
     def external(self, identity: Any) -> Any:
         """The value that stands for what lies outside of the pickle. Raises RefusedError where nothing may."""
         raise RefusedError("it refers to something outside of itself; nothing was run")
+
+    def as_set(self, items: list[Any]) -> Any:
+        """The value that stands for a set. Raises RefusedError where there may be none."""
+        raise RefusedError(f"it has a set, which {self.needed_by} never do; nothing was run")
+
+    def keyed(self, target: dict[Any, Any], key: Any, value: Any) -> None:
+        """Set one item of a mapping. Raises RefusedError for a key that is not allowed."""
+        if type(key) not in (str, bytes):
+            raise RefusedError("it has a key that is not a text")
+        target[key] = value
 
     def absorbs(self, target: Any) -> bool:
         """Whether what stands for an object takes items, which are then dropped."""
@@ -122,11 +129,14 @@ class Interpreter:
         target = self.stack[-1]
         if len(items) % 2 or not (type(target) is dict or self.absorbs(target)):
             raise RefusedError("it sets items of what is not a mapping")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in self.keys:
-                raise RefusedError("it has a key that is not a text")
-            if type(target) is dict:
-                target[key] = value
+        if type(target) is dict:
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                self.keyed(target, key, value)
+
+    def add(self, items: list[Any]) -> None:
+        """Add to the set on top."""
+        if not self.absorbs(self.stack[-1]):
+            raise RefusedError("it adds to what is not a set")
 
     def put(self, key: int | None) -> None:
         """Remember the value on top."""
@@ -136,8 +146,10 @@ class Interpreter:
         """Push what stands for a name."""
         self.stack.append(self.named(Global(as_text(module), as_text(name))))
 
-    def reduce(self) -> None:
-        """Push what stands for a call."""
+    def reduce(self, *, keywords: bool = False) -> None:
+        """Push what stands for a call; its keywords are dropped."""
+        if keywords:
+            self.last(1)
         arguments, function = self.stack.pop(), self.stack.pop()
         self.stack.append(self.called(function, arguments))
 
@@ -147,7 +159,8 @@ class Interpreter:
         self.filled(self.stack[-1], state)
 
 
-_LITERAL = re.compile(r"BININT[12]?|LONG1|BINFLOAT|(SHORT_)?BIN(STRING|BYTES|UNICODE)8?")
+_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING", "BINBYTES"}
+_LITERALS |= {"BYTEARRAY8", "BINBYTES8", "SHORT_BINBYTES", "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE"}
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "MARK": lambda: MARK,
     "NONE": lambda: None,
@@ -175,6 +188,10 @@ _ACTIONS: dict[str, Callable[[Interpreter, Any], None]] = {
     "STACK_GLOBAL": lambda machine, _: machine.name_global(*machine.last(2)),
     "REDUCE": lambda machine, _: machine.reduce(),
     "NEWOBJ": lambda machine, _: machine.reduce(),
+    "NEWOBJ_EX": lambda machine, _: machine.reduce(keywords=True),
+    "EMPTY_SET": lambda machine, _: machine.stack.append(machine.as_set([])),
+    "FROZENSET": lambda machine, _: machine.stack.append(machine.as_set(machine.since_mark())),
+    "ADDITEMS": lambda machine, _: machine.add(machine.since_mark()),
     "BUILD": lambda machine, _: machine.build(),
     "BINPERSID": lambda machine, _: machine.stack.append(machine.external(machine.stack.pop())),
 }

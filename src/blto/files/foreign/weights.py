@@ -31,26 +31,50 @@ STORAGES = {
     "ByteStorage": "|u1",
     "BoolStorage": "|b1",
 }
-MAX_TENSORS, MAX_DEPTH = 100_000, 64
-MOST_SHARED = 8
-"""Times that all tensors together may exceed the file: weights are stored twice at most, and bfloat16 is widened."""
+SAFETENSORS = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "<i2": "I16"}
+SAFETENSORS |= {"|i1": "I8", "|u1": "U8", "|b1": "BOOL"}
+MAX_DIMENSIONS, MAX_NAME = 16, 512
 
 _REBUILD, _PARAMETER = Global("torch._utils", "_rebuild_tensor_v2"), Global("torch._utils", "_rebuild_parameter")
+_REBUILD_FIRST = Global("torch._utils", "_rebuild_tensor")
 _ORDERED = Global("collections", "OrderedDict")
-_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+_DTYPES = {
+    "complex64",
+    "complex128",
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+}
 _DROPPED = {
     "argparse.Namespace",
+    "collections.Counter",
     "collections.defaultdict",
     "_codecs.encode",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
     "numpy.dtype",
     "numpy.ndarray",
     "numpy.core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy._core.multiarray._reconstruct",
+    "numpy.core.numeric._frombuffer",
+    "numpy._core.numeric._frombuffer",
     "torch.Size",
     "torch.device",
     "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "types.SimpleNamespace",
+    "typing.Any",
+    "yacs.config.CfgNode",
     "lightning_fabric.utilities.data.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict",
     "pytorch_lightning.utilities.parsing.AttributeDict",
@@ -59,12 +83,11 @@ _DROPPED = {
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
     "omegaconf.nodes.AnyNode",
-    "typing.Any",
-    "builtins.dict",
-    "builtins.list",
-    "builtins.int",
-    "builtins.set",
-    "__builtin__.set",
+    *(
+        f"builtins.{name}"
+        for name in ("bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "long")
+    ),
+    *(f"builtins.{name}" for name in ("set", "str", "tuple")),
 }
 """What training scripts keep beside weights: known by name, never built, and not part of what is read."""
 
@@ -81,6 +104,11 @@ class Storage(NamedTuple):
     key: str
     kind: str
     numel: int
+
+    @property
+    def spelled(self) -> str:
+        """How safetensors spells the type of a copy."""
+        return "F32" if self.kind == "bf16" else SAFETENSORS[self.kind]
 
     @property
     def nbytes(self) -> int:
@@ -123,38 +151,46 @@ class Weights(Interpreter):
     """Interprets the pickle of a checkpoint.
 
     Args:
-        storage: from the identity that the pickle gives of a storage to it; it checks that there is such a one.
+        check: is shown every storage that the pickle refers to; raises RefusedError where there is no such one.
+
+    Attributes:
+        storages: those that it refers to, by their keys.
     """
 
     needed_by = "weights"
-    max_steps = 20_000_000
-    keys = (str, bytes, int)
 
-    def __init__(self, storage: Callable[[tuple[Any, ...]], Storage]) -> None:
+    def __init__(self, check: Callable[[Storage], None] = lambda storage: None) -> None:
         super().__init__()
-        self._storage = storage
-        self._tensors = 0
+        self._check = check
+        self.storages: dict[str, Storage] = {}
 
     def named(self, reference: Global) -> Any:
         """A known name as itself; the type of a storage as its number type."""
         module, name = reference
-        if reference in (_REBUILD, _PARAMETER, _ORDERED):
+        if reference in (_REBUILD, _REBUILD_FIRST, _PARAMETER, _ORDERED):
             return reference
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        is_number_type = module == "torch" and name in _DTYPES
-        return _Dropped() if is_number_type or str(reference) in _DROPPED else super().named(reference)
+        known = Global("builtins", name) if module == "__builtin__" else reference  # of Python 2, and of protocol 2
+        if str(known) in _DROPPED or (module == "torch" and name in _DTYPES):
+            return _Dropped()
+        return super().named(reference)
 
     def called(self, function: Any, arguments: Any) -> Any:
         """A tensor, a mapping, or what stands for something that is not read."""
         if isinstance(function, _Dropped):
             return function
-        known = function if isinstance(function, Global) else None
-        if known == _ORDERED and arguments == ():
-            return {}
-        if known == _PARAMETER and len(arguments) == 3 and isinstance(arguments[0], Tensor):
+        known = function if isinstance(function, Global) and type(arguments) is tuple else None
+        count = len(arguments) if known else 0
+        if known == _ORDERED and count <= 1:
+            return self._ordered(*arguments)
+        if known == _PARAMETER and count == 3 and isinstance(arguments[0], Tensor):
             return arguments[0]
-        if known == _REBUILD and len(arguments) in (6, 7) and isinstance(arguments[0], Storage):
+        is_tensor = (known == _REBUILD and count in (6, 7)) or (known == _REBUILD_FIRST and count == 4)
+        if is_tensor and isinstance(arguments[0], Storage):
+            extra = arguments[6] if count == 7 else None
+            if extra is not None and not (type(extra) is dict and not extra):
+                raise RefusedError("it has a negated or conjugated tensor; save it again with .resolve_neg()")
             return self._tensor(*arguments[:4])
         return super().called(function, arguments)
 
@@ -167,69 +203,52 @@ class Weights(Interpreter):
         """What is not read takes items, and they are dropped."""
         return isinstance(target, _Dropped)
 
+    def as_set(self, items: list[Any]) -> Any:
+        """Sets are not read."""
+        return _Dropped()
+
+    def keyed(self, target: dict[Any, Any], key: Any, value: Any) -> None:
+        """Keys become texts, those of optimisers too, which are numbers; items with any other key are dropped."""
+        if type(key) not in (str, bytes, int):
+            return
+        text = str(key) if type(key) is int and abs(key) < 2**60 else as_text(key)
+        if text in target or len(text) > MAX_NAME:
+            raise RefusedError("it has two entries of one name, or a name that is too long")
+        target[text] = value
+
     def external(self, identity: Any) -> Storage:
         """The storage of a persistent identity ("storage", type, key, location, numel, ...)."""
         if type(identity) is not tuple or len(identity) < 5 or identity[0] not in ("storage", b"storage"):
-            return super().external(identity)  # type: ignore[no-any-return]  # it raises
-        return self._storage(identity)
+            super().external(identity)
+        if len(identity) > 5 and identity[5] is not None:
+            raise RefusedError("it has a storage that is a view of another; save it again with a newer torch")
+        _, kind, key, _, numel = identity[:5]
+        if type(kind) is not str or kind not in STORAGES.values() or type(numel) is not int or not 0 <= numel < 2**48:
+            raise RefusedError("it has a storage of an unknown type or size")
+        storage = Storage(as_text(key), kind, numel)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise RefusedError("it has one storage in two forms")
+        self._check(storage)
+        return storage
+
+    def _ordered(self, pairs: Any = ()) -> dict[str, Any]:
+        """An ordered mapping; Python 2 gave it its items at once."""
+        made: dict[str, Any] = {}
+        if type(pairs) not in (list, tuple) or not all(
+            type(each) in (list, tuple) and len(each) == 2 for each in pairs
+        ):
+            raise RefusedError("it makes a mapping of what are no pairs")
+        for key, value in pairs:
+            self.keyed(made, key, value)
+        return made
 
     def _tensor(self, storage: Storage, offset: Any, shape: Any, stride: Any) -> Tensor:
-        self._tensors += 1
-        if self._tensors > MAX_TENSORS:
-            raise RefusedError(f"it has more than {MAX_TENSORS:,} tensors")
-        numbers = (offset, *shape, *stride) if type(shape) is type(stride) is tuple else (None,)
-        if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or len(shape) != len(stride):
+        if not type(shape) is type(stride) is tuple or not len(shape) == len(stride) <= MAX_DIMENSIONS:
+            raise RefusedError("it has a tensor whose shape or stride are none")
+        if not all(type(number) is int and 0 <= number < 2**48 for number in (offset, *shape, *stride)):
             raise RefusedError("it has a tensor whose offset, shape or stride are no sizes")
         numel = math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        if len(shape) > MAX_DEPTH or (numel and last >= storage.numel) or numel > storage.numel:
+        if (numel and last >= storage.numel) or numel > storage.numel:
             raise RefusedError("it has a tensor that reaches beyond its bytes, or is larger than they are")
         return Tensor(storage, offset if numel else 0, shape, stride)
-
-
-def storage_of(identity: tuple[Any, ...]) -> Storage:
-    """The storage that ("storage", type, key, location, numel, ...) names. Raises RefusedError for another form."""
-    _, kind, key, _, numel = identity[:5]
-    if type(kind) is not str or kind not in STORAGES.values() or type(numel) is not int or not 0 <= numel < 2**48:
-        raise RefusedError("it has a storage of an unknown type or size")
-    return Storage(as_text(key), kind, numel)
-
-
-def grouped(value: Any, size: int) -> dict[str, dict[str, Tensor]]:
-    """Every mapping in `value` that holds tensors itself, by the dotted path to it ("" for `value`): name -> tensor.
-
-    Lists and tuples are walked as mappings of their numbers. Each object is visited once, so a value that contains
-    itself ends.
-
-    Args:
-        value: what the pickle leaves.
-        size: of the whole file, in bytes.
-
-    Raises:
-        RefusedError: nested too deeply, no tensor at all, or more views of the same bytes than weights ever share.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    waiting, seen = [("", value, 0)], set()
-    while waiting:
-        path, node, depth = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if depth > MAX_DEPTH:
-            raise RefusedError(f"it is nested more than {MAX_DEPTH} deep")
-        for key, entry in _entries(node):
-            if isinstance(entry, Tensor):
-                found.setdefault(path, {})[key] = entry
-            elif type(entry) in (dict, list, tuple):
-                waiting.append((f"{path}.{key}" if path else key, entry, depth + 1))
-    if not found:
-        raise RefusedError("it holds no tensor in a mapping")
-    if sum(tensor.nbytes for group in found.values() for tensor in group.values()) > MOST_SHARED * size:
-        raise RefusedError("its tensors share their bytes so often that they unpack to many times its size")
-    return found
-
-
-def _entries(node: Any) -> list[tuple[str, Any]]:
-    """The items of a mapping, list or tuple, their keys as text."""
-    items = node.items() if type(node) is dict else enumerate(node) if type(node) in (list, tuple) else ()
-    return [(as_text(key) if isinstance(key, bytes) else str(key), entry) for key, entry in items]
