@@ -550,6 +550,18 @@ def test_bombs_and_strangers_are_refused(tmp_path: Path, name: str) -> None:
     refusal(tmp_path, BOMBS[name]())
 
 
+def test_a_compressed_member_is_named_as_such(tmp_path: Path) -> None:
+    assert "its members are compressed or encrypted" in refusal(tmp_path, _compressed())
+
+
+def test_a_legacy_storage_has_the_size_that_it_says(tmp_path: Path) -> None:
+    whole = saved({"a": torch.full((4,), 1.5)}, legacy=True)
+    at = whole.index(np.full(4, 1.5, "<f4").tobytes()) - 8
+    assert whole[at : at + 8] == (4).to_bytes(8, "little")
+    wrong = whole[:at] + (3).to_bytes(8, "little") + whole[at + 8 :]
+    assert "a storage of another size than it says" in refusal(tmp_path, wrong)
+
+
 def test_a_flipped_bit_in_a_weight_is_seen(tmp_path: Path) -> None:
     data = bytearray(saved({"a": torch.full((64,), 1.5)}))
     place = data.find(np.full(8, 1.5, "<f4").tobytes()) + 40
