@@ -258,8 +258,9 @@ def draw_curves(gate: Path) -> None:
 
 
 def draw_map(gates: Sequence[Path], probe: str) -> None:
-    """The main figure: every training of every gate, by one probe."""
-    runs = [(name, record, path_of(record, probe)) for gate in gates for name, record in cells(gate)]
+    """The main figure: the first seed of every cell of every gate, by one probe; more would hide each other."""
+    firsts = [next(group) for gate in gates for _, group in groupby(cells(gate), key=lambda cell: cell[0])]
+    runs = [(name, record, path_of(record, probe)) for name, record in firsts]
     known = [(f"{name}-s{record.spec['seed']}", path) for name, record, path in runs if path is not None]
     if not known:
         return

@@ -62,6 +62,16 @@ def test_a_table_has_a_row_a_cell_and_the_spread_over_the_last_snapshots(tmp_pat
     assert lines[4].startswith("5,000 held-out training images.")
 
 
+def test_the_map_has_the_first_seed_of_every_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(findings, "FIGURES", tmp_path)
+    for name, seed in (("a", 3), ("a", 4), ("b", 4)):
+        given = record(run_id=f"{name}-s{seed}-0123456789", spec={**record().spec, "seed": seed})
+        RunStore(tmp_path / "gate9").save(given)
+    findings.draw_map([tmp_path / "gate9"], "knn")
+    rows = (tmp_path / "exposure_map_knn.csv").read_text().splitlines()[1:]
+    assert sorted({row.split(",")[0] for row in rows}) == ["a-s3", "b-s4"]
+
+
 def test_a_table_names_the_gpu_that_trained_a_victim(tmp_path: Path) -> None:
     trained_on = {"victim": {"device": "cuda", "processor": "Some GPU"}}
     RunStore(tmp_path).save(record(provenance={"trained_on": trained_on}))
