@@ -550,6 +550,14 @@ def test_bombs_and_strangers_are_refused(tmp_path: Path, name: str) -> None:
     refusal(tmp_path, BOMBS[name]())
 
 
+def test_nesting_has_an_end(tmp_path: Path) -> None:
+    deep: Any = torch.ones(1)
+    for _ in range(64):
+        deep = {"a": deep}
+    assert read(tmp_path, saved({"a": deep})).groups
+    assert "nested more than 64 deep" in refusal(tmp_path, saved({"a": {"a": deep}}))
+
+
 def test_a_compressed_member_is_named_as_such(tmp_path: Path) -> None:
     assert "its members are compressed or encrypted" in refusal(tmp_path, _compressed())
 
