@@ -347,18 +347,35 @@ def two_directories() -> bytes:
     return second + first + directory + end[:-2] + struct.pack("<H", len(other)) + other
 
 
+def with_a_gap(*, behind: str) -> bytes:
+    """A zip checkpoint with bytes that no directory knows behind one of its members."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, data in {"data.pkl": tensor_program(0, (4,), (1,)), "data/0": bytes(64)}.items():
+            archive.writestr(f"x/{name}", data)
+            if name == behind:
+                archive.start_dir += 64
+    return stream.getvalue()
+
+
 def test_no_other_reader_can_see_another_file_in_the_same_bytes(tmp_path: Path) -> None:
     whole = saved({"w": torch.ones(4)})
     at = struct.unpack("<I", whole[-6:-2])[0]
-    for wrong in (
-        two_directories(),
-        whole + b"x",
-        whole[:-2] + b"\x01\x00x",  # a comment
-        whole[:at] + bytes(64) + whole[at:],
-        b"PK\x03\x04" + bytes(60) + whole,
-        in_zip(tensor_program(0, (4,), (1,), key="a"), **{"data/a": bytes(64), "data/A": bytes(64)}),
+    other_case = in_zip(tensor_program(0, (4,), (1,), key="a"), **{"data/a": bytes(64), "data/A": bytes(64)})
+    for wrong, why in (
+        (two_directories(), "does not end as torch's files do"),
+        (whole + b"x", "does not end as torch's files do"),
+        (whole[:-2] + b"\x01\x00x", "does not end as torch's files do"),
+        (whole[:-2] + b"\x01\x00", "does not end as torch's files do"),
+        (whole[:at] + bytes(64) + whole[at:], "its directory is not where it is said to be"),
+        (whole[:-22] + bytes(64) + whole[-22:], "its directory is not where it is said to be"),
+        (b"PK\x03\x04" + bytes(60) + whole, "its directory is not where it is said to be"),
+        (with_a_gap(behind="data.pkl"), "not one behind the other"),
+        (with_a_gap(behind="data/0"), "between its members and its directory"),
+        (_twice(), "or has it twice"),
+        (other_case, "that torch does not write"),
     ):
-        refusal(tmp_path, wrong)
+        assert why in refusal(tmp_path, wrong)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
