@@ -223,7 +223,7 @@ def trained_on(record: RunRecord) -> str:
 def described(found: Sequence[Cell]) -> str:
     """Which images the cells were judged on."""
     held_out = {lookup(record.spec, "held_out") for _, record in found}
-    return "; ".join(f"{n:,} held-out training images" if n else "the test set" for n in sorted(held_out)) + "."
+    return "; ".join(f"{n:,} held-out training images" if n else "The test set" for n in sorted(held_out)) + "."
 
 
 def path_of(record: RunRecord, probe: str) -> ExposurePath | None:

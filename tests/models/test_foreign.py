@@ -186,6 +186,13 @@ def test_a_mixture_of_two_nets_is_none(tmp_path: Path, resnet: nn.Module) -> Non
     refusal(saved(tmp_path / "h.pt", named | half))
 
 
+def test_two_tensors_of_one_name_are_no_net(tmp_path: Path, cifar_resnet: nn.Module) -> None:
+    second = {"layer2.0.shortcut.0.weight": torch.zeros(128, 64, 1, 1)}
+    whole = cifar_resnet.state_dict()
+    assert import_encoder(saved(tmp_path / "m.pt", whole), "resnet18").place == "the whole file"
+    refusal(saved(tmp_path / "m.pt", whole | second), "resnet18")
+
+
 def test_another_kind_of_numbers_is_refused(tmp_path: Path, resnet: nn.Module) -> None:
     weights = {name: value.to(torch.int8) for name, value in resnet.state_dict().items()}
     assert "holds int8, where the architecture has torch.float32" in str(refusal(saved(tmp_path / "m.pt", weights)))

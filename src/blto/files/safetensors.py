@@ -34,7 +34,8 @@ _DTYPES = {
     "U8": "|u1",
     "BOOL": "|b1",
 }
-_NAMES = {np.dtype(spelling): name for name, spelling in _DTYPES.items()}
+NAMES = {np.dtype(spelling): name for name, spelling in _DTYPES.items()}
+"""How the format spells a type."""
 # Our metadata has "blto.format" and "blto.sha256": two keys, so that no single damaged bit can make our file look like
 # a foreign one without a checksum. The sum is over the whole file with the sum itself blanked out.
 _SLOT, _BLANK = b'"blto.sha256":"', b"0" * 64
@@ -58,7 +59,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], metadata: Mappin
     end = 0
     for name in names:
         array = tensors[name]
-        kind = _NAMES[array.dtype.newbyteorder("<")]
+        kind = NAMES[array.dtype.newbyteorder("<")]
         chunk = array.astype(_DTYPES[kind], copy=False).tobytes()
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + len(chunk)]}
         chunks.append(chunk)

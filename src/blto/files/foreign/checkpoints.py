@@ -6,35 +6,23 @@ code, release after release. What a file is, its first bytes say, not its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
-import numpy as np
 import numpy.typing as npt
 
 from blto.errors import InputRefused
 from blto.files.atomic import sha256_bytes
 from blto.files.foreign import legacy, sandbox, zipped
 from blto.files.foreign.pickles import RefusedError
-from blto.files.foreign.weights import Tensor
 from blto.files.reading import GIB, read_bytes
 from blto.files.safetensors import parse_safetensors
 from blto.files.text import show
 
 Array = npt.NDArray[Any]
 CODE = "CKPT-REFUSED"
-
-
-class Opened(Protocol):
-    """A parsed file: its tensors by group and name, and their numbers on demand."""
-
-    groups: dict[str, dict[str, Tensor]]
-
-    def take(self, tensor: Tensor) -> Array:
-        """The tensor's numbers."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -53,9 +41,8 @@ class Checkpoint:
     format: str
     sha256: str
     groups: Mapping[str, Mapping[str, tuple[int, ...]]]
-    layers: tuple[str, ...] = ()
-    _arrays: Mapping[str, Mapping[str, Array]] | None = field(default=None, repr=False)
-    _opened: Opened | None = field(default=None, repr=False)
+    layers: tuple[str, ...]
+    _take: Callable[[str], Mapping[str, Array]] = field(repr=False)
 
     def arrays(self, group: str) -> dict[str, Array]:
         """The arrays of one group; bfloat16 is widened to float32.
@@ -63,14 +50,9 @@ class Checkpoint:
         Raises:
             InputRefused: CKPT-REFUSED, where a tensor's bytes are damaged.
         """
-        if self._arrays is not None:
-            return dict(self._arrays[group])
-        assert self._opened is not None  # one of both is there
         try:
-            return {name: self._opened.take(tensor) for name, tensor in self._opened.groups[group].items()}
-        except MemoryError:
-            raise
-        except Exception as error:
+            return dict(self._take(group))
+        except RefusedError as error:
             refuse(self.name, error)
 
 
@@ -88,34 +70,38 @@ def read_checkpoint(path: Path, *, max_bytes: int = 8 * GIB) -> Checkpoint:
     data = read_bytes(path, max_bytes=max_bytes, code=CODE)
     name, digest = show(path), sha256_bytes(data)
     if data.startswith(zipped.START):
-        return _opened(name, "torch zip", digest, data)
+        opened = _opened(name, data)
+        shapes = {group: {key: tensor.shape for key, tensor in of.items()} for group, of in opened.groups.items()}
+        return Checkpoint(name, "torch zip", digest, shapes, (), opened.arrays)
     if data[8:9] == b"{":  # asked first: the length before it may begin as a pickle does
         flat, _ = parse_safetensors(data, name)
         if not flat:
             refuse(name, RefusedError("it holds no tensor"))
-        return Checkpoint(name, "safetensors", digest, _shapes({"": flat}), (), {"": flat})
+        return _held(name, "safetensors", digest, {"": flat})
     if data.startswith(legacy.START):
         try:
             groups, layers = sandbox.convert(data)
         except RefusedError as error:
             refuse(name, error)
-        return Checkpoint(name, "torch legacy", digest, _shapes(groups), layers, groups)
+        return _held(name, "torch legacy", digest, groups, layers)
     refuse(name, RefusedError("neither safetensors nor a checkpoint of torch"))
 
 
-def _opened(name: str, kind: str, digest: str, data: bytes) -> Checkpoint:
+def _opened(name: str, data: bytes) -> zipped.ZipCheckpoint:
     try:
-        opened = zipped.ZipCheckpoint(data)
+        return zipped.ZipCheckpoint(data)
     except MemoryError:
         raise
     except Exception as error:  # a damaged archive or pickle can fail in any way
         refuse(name, error)
-    shapes = {group: {key: tensor.shape for key, tensor in of.items()} for group, of in opened.groups.items()}
-    return Checkpoint(name, kind, digest, shapes, (), None, opened)
 
 
-def _shapes(groups: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, tuple[int, ...]]]:
-    return {group: {name: np.shape(array) for name, array in of.items()} for group, of in groups.items()}
+def _held(
+    name: str, kind: str, digest: str, groups: Mapping[str, Mapping[str, Array]], layers: tuple[str, ...] = ()
+) -> Checkpoint:
+    """A checkpoint whose arrays are in memory already."""
+    shapes = {group: {key: array.shape for key, array in of.items()} for group, of in groups.items()}
+    return Checkpoint(name, kind, digest, shapes, layers, groups.__getitem__)
 
 
 def refuse(name: str, reason: Exception) -> NoReturn:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from blto.files.foreign.pickles import Global, Interpreter, RefusedError, as_text
+from blto.files.safetensors import NAMES
 
 Array = npt.NDArray[Any]
 
@@ -31,8 +32,6 @@ STORAGES = {
     "ByteStorage": "|u1",
     "BoolStorage": "|b1",
 }
-SAFETENSORS = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "<i2": "I16"}
-SAFETENSORS |= {"|i1": "I8", "|u1": "U8", "|b1": "BOOL"}
 MAX_DIMENSIONS, MAX_NAME = 16, 512
 
 _REBUILD, _PARAMETER = Global("torch._utils", "_rebuild_tensor_v2"), Global("torch._utils", "_rebuild_parameter")
@@ -108,7 +107,7 @@ class Storage(NamedTuple):
     @property
     def spelled(self) -> str:
         """How safetensors spells the type of a copy."""
-        return "F32" if self.kind == "bf16" else SAFETENSORS[self.kind]
+        return NAMES[np.dtype("<f4" if self.kind == "bf16" else self.kind)]
 
     @property
     def nbytes(self) -> int:
@@ -247,6 +246,8 @@ class Weights(Interpreter):
             raise RefusedError("it has a tensor whose shape or stride are none")
         if not all(type(number) is int and 0 <= number < 2**48 for number in (offset, *shape, *stride)):
             raise RefusedError("it has a tensor whose offset, shape or stride are no sizes")
+        if math.prod(max(1, size) for size in shape) >= 2**48:  # an empty one too: no array has such a shape
+            raise RefusedError("it has a tensor whose shape is larger than any")
         numel = math.prod(shape)
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if (numel and last >= storage.numel) or numel > storage.numel:

@@ -12,11 +12,10 @@ import re
 import struct
 import zipfile
 import zlib
-from typing import Any
 
 from blto.files.foreign.groups import MAX_TENSORS, grouped
 from blto.files.foreign.pickles import RefusedError
-from blto.files.foreign.weights import Storage, Tensor, Weights
+from blto.files.foreign.weights import Array, Storage, Weights
 from blto.files.text import show
 
 START = b"PK\x03\x04"
@@ -55,9 +54,10 @@ class ZipCheckpoint:
             raise RefusedError("its numbers are big-endian; save it again on an ordinary machine")
         self.groups = grouped(Weights(self._check).run(bytes(self._read("data.pkl"))), len(data))
 
-    def take(self, tensor: Tensor) -> Any:
-        """The tensor's numbers, from its storage, whose CRC-32 is checked."""
-        return tensor.taken_from(self._read(f"data/{tensor.storage.key}"))
+    def arrays(self, group: str) -> dict[str, Array]:
+        """The arrays of a group, from storages whose CRC-32 is checked. Raises RefusedError where one is wrong."""
+        members = self.groups[group].items()
+        return {name: tensor.taken_from(self._read(f"data/{tensor.storage.key}")) for name, tensor in members}
 
     def _read(self, name: str) -> memoryview:
         view, checksum = self._members[name]
