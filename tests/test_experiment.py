@@ -23,7 +23,7 @@ from blto.poisoning import apply_to_uint8, load_trigger
 from blto.pretraining import trainer
 from blto.pretraining.loop import Pretrained, pretrain
 from blto.pretraining.trainer import arithmetic
-from blto.records import RunRecord, RunStore, StageFolder
+from blto.records import RunRecord, RunStore, StageFolder, load_record
 from blto.runtime.interrupts import stop_requests, stopping_at
 from tests.tiny_experiment import TINY_EXPERIMENT
 
@@ -272,6 +272,18 @@ def test_a_learned_trigger_depends_on_the_rate_that_its_surrogate_sees(
     first, second = (parse(attacker_share=0.0, attack=each) for each in (attack(0.05), other))
     one, two = (craft_stage(spec, load_data(spec, environment), environment) for spec in (first, second))
     assert (one.path != two.path) == is_new
+
+
+def test_an_option_that_came_later_left_the_evidence_where_it_was() -> None:
+    records = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("gate*/*/record.json"))
+    assert records
+    for file in records:
+        kept = load_record(file)
+        assert ExperimentSpec.parse(kept.spec).run_id == kept.run_id, "a sweep would run it again"
+    given = {"attack": "clean", "data": "synthetic"}
+    spec = ExperimentSpec.parse({**given, "pretraining": {"normalise": False}})
+    assert spec.model_dump(mode="json")["pretraining"]["normalise"] is False
+    assert spec.run_id != ExperimentSpec.parse(given).run_id
 
 
 def test_a_fixed_trigger_keeps_its_rate() -> None:

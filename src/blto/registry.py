@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from blto.errors import BltoError, ConfigError, nearest
 
@@ -126,6 +126,14 @@ def signature_schema(component: Callable[..., Any], name: str) -> type[BaseModel
             fields[argument.name] = (hints[argument.name], default)
     config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     return create_model(f"{name}_spec", __config__=config, **fields)
+
+
+def later_option(default: Any) -> Any:
+    """For the annotation of a field that a spec got after results had been stored.
+
+    At its default, `default`, it is left out of what the spec dumps, so that all earlier results keep their hashes.
+    """
+    return Field(exclude_if=lambda value: value == default)
 
 
 M = TypeVar("M", bound=BaseModel)

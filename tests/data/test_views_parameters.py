@@ -113,6 +113,27 @@ def test_changing_one_probability_leaves_the_other_draws_alone() -> None:
         assert np.array_equal(getattr(before, name), getattr(after, name))
 
 
+def test_one_coin_for_color_jitter_is_thrown_for_each_batch_and_view() -> None:
+    recipe = resolve_recipe({"name": "mocov2", "jitter_coin": "batch"})
+    always = resolve_recipe({"name": "mocov2", "jitter_probability": 1.0})
+    neutral, jittered = np.array([1, 1, 1, 0], np.float32), []
+    for batch, view in itertools.product(range(300), range(2)):
+        samples = np.arange(8) + 8 * batch
+        key: dict[str, Any] = {"seed": 1, "epoch": 2, "samples": samples, "view": view, "image_size": (SIZE, SIZE)}
+        found, with_jitter = draw(recipe, **key), draw(always, **key)
+        changed = (found.factors != neutral).any(axis=1)
+        assert changed.all() or not changed.any()
+        if changed.all():
+            assert np.array_equal(found.factors, with_jitter.factors), "strengths are each sample's own"
+        for name in ("box", "flip", "order", "gray", "blur_sigma"):
+            assert np.array_equal(getattr(found, name), getattr(with_jitter, name))
+        assert np.array_equal(draw(recipe, **key).factors, found.factors)
+        jittered.append(changed[0])
+    assert abs(np.mean(jittered) - 0.8) < 4 * np.sqrt(0.16 / 600)
+    assert abs(np.corrcoef(jittered[::2], jittered[1::2])[0, 1]) < 0.25, "the two views have coins of their own"
+    assert len(draw(recipe, seed=1, epoch=0, samples=np.arange(0), view=0, image_size=(SIZE, SIZE))) == 0
+
+
 def test_first_parameters_are_frozen() -> None:
     params = Views(RECIPES["byol"], SIZE).draw(seed=0, epoch=1, samples=np.arange(64), view=1)
     digest = hashlib.sha256(b"".join(array.tobytes() for array in params.arrays)).hexdigest()

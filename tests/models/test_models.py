@@ -102,6 +102,18 @@ def test_the_small_generator_takes_images_of_any_size(size: int) -> None:
     )
 
 
+def test_an_encoder_without_normalisation_sees_pixels_as_they_are_also_from_the_disk(tmp_path: Path) -> None:
+    backbone = {"name": "small_resnet", "width": 4}
+    raw, usual = (build_encoder(backbone, seed=0, normalise=each).eval() for each in (False, True))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(raw(images), raw.backbone(images).mean(dim=(2, 3)))
+    assert not torch.allclose(raw(images), usual(images))
+    save_encoder(tmp_path / "raw.safetensors", raw, backbone, 32)
+    loaded = load_encoder(tmp_path / "raw.safetensors")
+    assert torch.equal(loaded.mean, torch.zeros(1, 3, 1, 1))
+    assert torch.equal(loaded.std, torch.ones(1, 3, 1, 1))
+
+
 def test_an_encoder_survives_the_disk_as_fp16(tmp_path: Path) -> None:
     encoder = build_encoder(TINY_BACKBONE, seed=0, image_size=16)
     encoder(torch.rand(8, 3, 16, 16))  # move the running statistics away from their start

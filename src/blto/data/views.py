@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from blto.data.view_backends import batched, fast, gradient
 from blto.errors import ConfigError, InputRefused, nearest
-from blto.registry import validate
+from blto.registry import later_option, validate
 from blto.runtime.kernels import split
+from blto.runtime.seeds import numpy_generator
 
 Array = np.ndarray[Any, Any]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -46,6 +47,8 @@ class ViewRecipe(BaseModel):
         blur_sigma: of the blur, in pixels, (low, high).
         solarize_probability: of inverting what is above the threshold; per view as for the blur.
         solarize_threshold: a fraction of the pixel range.
+        jitter_coin: whether color jitter happens is drawn for each "sample", or once for each view of a "batch", as in
+            CTRL's code; the strengths are each sample's own in both.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -63,6 +66,7 @@ class ViewRecipe(BaseModel):
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_probability: PerView = (0.0, 0.0)
     solarize_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    jitter_coin: Annotated[Literal["sample", "batch"], later_option("sample")] = "sample"
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:
@@ -141,6 +145,8 @@ def draw(
 ) -> ViewParameters:
     """Draw the parameters of one view of each sample: a function of (seed, epoch, sample, view) alone.
 
+    (With `jitter_coin` "batch" also of the batch's first sample, which stands for the batch.)
+
     Args:
         recipe: what to draw from.
         seed: the run's seed for augmentation, any integer of up to 64 bits.
@@ -159,6 +165,9 @@ def draw(
             recipe.solarize_probability[later],
         ]
     )
+    if recipe.jitter_coin == "batch":
+        coin = numpy_generator(seed & MASK, "pretrain", "jitter", epoch, view, int(samples[0]) if len(samples) else 0)
+        chances[1] = coin.random() < recipe.jitter_probability
     strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
     ranges = np.array([(max(0.0, 1 - s), 1 + s) for s in strengths] + [(-recipe.hue, recipe.hue)])
     samples = np.ascontiguousarray(samples, dtype=np.int64)

@@ -60,7 +60,13 @@ class Encoder(nn.Module):
         return out.mean(dim=(2, 3)) if out.ndim == 4 else out
 
 
-def build_encoder(backbone: Mapping[str, Any] | str, *, seed: int, image_size: int = 32) -> Encoder:
-    """A fresh encoder whose weights are a function of `seed` alone; the global generator is left as it was."""
+def build_encoder(
+    backbone: Mapping[str, Any] | str, *, seed: int, image_size: int = 32, normalise: bool = True
+) -> Encoder:
+    """A fresh encoder whose weights are a function of `seed` alone; the global generator is left as it was.
+
+    Without `normalise` its first layer changes nothing.
+    """
+    mean, std = (CIFAR_MEAN, CIFAR_STD) if normalise else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     with seeded(seed):
-        return Encoder(BACKBONES.build(backbone), image_size=image_size)
+        return Encoder(BACKBONES.build(backbone), mean=mean, std=std, image_size=image_size)

@@ -52,7 +52,7 @@ class Pretrained:
 
 def build_method(spec: RecipeSpec, *, seed: int, image_size: int) -> SSLMethod:
     """Encoder and heads of a recipe, initialised from `seed` alone."""
-    encoder = build_encoder(spec.backbone, seed=seed, image_size=image_size)
+    encoder = build_encoder(spec.backbone, seed=seed, image_size=image_size, normalise=spec.normalise)
     with seeded(seed):
         return METHODS.build(spec.method, encoder)
 

@@ -11,7 +11,7 @@ from blto.data.views import ViewRecipe, resolve_recipe
 from blto.errors import BltoError
 from blto.models import BACKBONES
 from blto.pretraining import METHODS
-from blto.registry import Registry, validate
+from blto.registry import Registry, later_option, validate
 from blto.runtime.device import Precision
 
 Engine = Literal["fast", "reference"]
@@ -78,6 +78,7 @@ class RecipeSpec(BaseModel):
         batch_size: images a step; each gives two views.
         precision: "auto" is bf16 where the device multiplies it natively, else fp32; fp32 under engine "reference".
         engine: "fast", or "reference": plain torch throughout, which the fast one is tested against.
+        normalise: false trains and evaluates on pixels in [0, 1] as they are, as CTRL's code does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -89,6 +90,7 @@ class RecipeSpec(BaseModel):
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = 256
     precision: Precision = "auto"
     engine: Engine = "fast"
+    normalise: Annotated[bool, later_option(True)] = True
 
 
 class PretrainingSpec(RecipeSpec):
