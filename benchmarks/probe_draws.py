@@ -18,9 +18,9 @@ import torch
 from blto.evaluation import Features, extract, fit_probe
 from blto.evaluation.doctor import rates
 from blto.experiment import Environment, ExperimentSpec, load_data
+from blto.experiment.outcome import ENCODER, TRIGGER
 from blto.files import append_jsonl, read_jsonl
 from blto.models.checkpoints import load_encoder
-from blto.outcome import ENCODER, TRIGGER
 from blto.poisoning import apply_to_uint8, load_trigger
 from blto.records import RunRecord, RunStore
 from blto.runtime.seeds import numpy_generator

@@ -16,11 +16,11 @@ from blto.configuration import read_specs
 from blto.data.images import ImageSet
 from blto.errors import ConfigError, Mismatch
 from blto.experiment import ExperimentSpec
+from blto.experiment.outcome import log_of
 from blto.files import append_jsonl, read_jsonl, sha256_file
 from blto.files.yaml import dump_yaml
 from blto.models.encoder import Encoder
 from blto.models.native import resnet
-from blto.outcome import log_of
 from blto.pretraining import trainer
 from blto.records import RunRecord, RunStore
 from blto.runtime.device import processor_name

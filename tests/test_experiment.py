@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blto import experiment, outcome
+from blto import experiment
 from blto.attacks.base import Surroundings, TrainedTrigger, poison_with
 from blto.attacks.bilevel_spec import learned_from
 from blto.attacks.untrained_generator import UntrainedGenerator
 from blto.data.images import ImageSet
 from blto.errors import ConfigError, Interrupted
-from blto.experiment import Data, Environment, ExperimentSpec, craft_stage, load_data, pretrain_stage
+from blto.experiment import Data, Environment, ExperimentSpec, craft_stage, load_data, outcome, pretrain_stage, stages
 from blto.files import read_json
 from blto.poisoning import apply_to_uint8, load_trigger
 from blto.pretraining import trainer
@@ -81,7 +81,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UntrainedGenerator, "train_trigger", crafting)
-        patch.setattr(experiment, "pretrain", pretraining)
+        patch.setattr(stages, "pretrain", pretraining)
         record = experiment.run(spec, environment)
     folder = environment.store.folder(record.run_id)
     return Seen(record, folder, load_data(spec, environment), crafted_on, pretrained_on)
@@ -177,8 +177,8 @@ def test_what_is_measured_is_the_victim_beside_its_twin(seen: Seen) -> None:
 
 
 def test_a_signal_to_a_sweep_is_heard_between_two_measurements_and_the_end_of_its_time_is_not(seen: Seen) -> None:
-    stages = seen.record.provenance["stages"]
-    folder = seen.folder.parent / "stages" / stages["victim"]
+    made = seen.record.provenance["stages"]
+    folder = seen.folder.parent / "stages" / made["victim"]
     victim = StageFolder(folder, "pretrain", read_json(folder / "stage.json")["inputs"])
     measured: list[Any] = []
 
@@ -221,14 +221,15 @@ def test_a_pretraining_is_a_function_of_seed_recipe_and_images(
         count += 1
         return pretrain(*args, **options)
 
-    monkeypatch.setattr(experiment, "pretrain", counting)
+    monkeypatch.setattr(stages, "pretrain", counting)
     environment = somewhere(tmp_path)
     # One set for both seeds: a share would give another seed other images.
     first, second = (parse(attacker_share=0.0, **each) for each in ({}, changes))
-    stages = [pretrain_stage(s, load_data(s, environment).train.without_labels(), environment) for s in (first, second)]
-    assert (stages[0].path != stages[1].path) == is_new
+    unlabeled = [(spec, load_data(spec, environment).train.without_labels()) for spec in (first, second)]
+    folders = [pretrain_stage(spec, images, environment) for spec, images in unlabeled]
+    assert (folders[0].path != folders[1].path) == is_new
     assert count == 1 + is_new
-    assert all(stage.complete for stage in stages)
+    assert all(stage.complete for stage in folders)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import blto
-from blto import api, experiment, outcome
+from blto import api, experiment
 from blto.configuration import environment
 from blto.evaluation import evaluate_backdoor
-from blto.experiment import ExperimentSpec, load_data
+from blto.experiment import ExperimentSpec, load_data, outcome
 from blto.poisoning import Trigger, apply_to_uint8, load_trigger
 from blto.records import RunRecord
 from blto.report.tables import table_rows

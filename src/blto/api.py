@@ -18,10 +18,10 @@ from blto.attacks.crafting import SURROGATE
 from blto.configuration import AnyPath, Config, Options, environment, read_spec, read_specs
 from blto.errors import ConfigError
 from blto.evaluation import evaluate_backdoor
+from blto.experiment.outcome import ENCODER, TRIGGER
 from blto.files import atomic_write, read_bytes
 from blto.models import foreign
 from blto.models.encoder import Encoder
-from blto.outcome import ENCODER, TRIGGER
 from blto.poisoning import Trigger, VerifyReport, apply_to_uint8, write_poisoned
 from blto.poisoning.manifest import Layout
 from blto.pretraining.spec import Engine, RecipeSpec

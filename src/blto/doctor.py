@@ -21,10 +21,10 @@ from blto.errors import ConfigError
 from blto.evaluation import PROBES
 from blto.evaluation.doctor import ENOUGH, UNEDITED, Reaction, reach, react, works
 from blto.experiment import Data, Environment, ExperimentSpec, build_attack, pretrain_stage
+from blto.experiment.outcome import ENCODER
 from blto.files import sha256_file, show, write_json
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder
-from blto.outcome import ENCODER
 from blto.poisoning import Budget, apply_to_uint8, load_trigger
 from blto.pretraining.spec import PretrainingSpec
 from blto.records import without_private_text

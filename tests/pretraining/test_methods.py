@@ -14,10 +14,10 @@ from torch import Tensor
 
 from blto.models.encoder import build_encoder
 from blto.pretraining import METHODS
-from blto.pretraining.byol import BYOL
 from blto.pretraining.method import SSLMethod
-from blto.pretraining.simclr import SimCLR, nt_xent
-from blto.pretraining.simsiam import SimSiam
+from blto.pretraining.methods.byol import BYOL
+from blto.pretraining.methods.simclr import SimCLR, nt_xent
+from blto.pretraining.methods.simsiam import SimSiam
 from tests.factories import TINY_BACKBONE, TINY_METHODS
 
 

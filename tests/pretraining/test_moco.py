@@ -17,9 +17,9 @@ from blto.files.safetensors import read_safetensors
 from blto.models.encoder import build_encoder
 from blto.models.native import resnet
 from blto.models.native.library import find_kernels
-from blto.pretraining import moco
 from blto.pretraining.loop import pretrain
-from blto.pretraining.moco import MoCo, enqueue, info_nce
+from blto.pretraining.methods import moco
+from blto.pretraining.methods.moco import MoCo, enqueue, info_nce
 from blto.pretraining.spec import OptimizerSpec
 from blto.pretraining.trainer import Trainer
 from tests.factories import TINY_BACKBONE, random_images, tiny_recipe

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from blto.models.encoder import Encoder, build_encoder
 from blto.pretraining import METHODS, lars
-from blto.pretraining.byol import BYOL
 from blto.pretraining.loop import pretrain
 from blto.pretraining.method import SSLMethod
+from blto.pretraining.methods.byol import BYOL
 from blto.pretraining.spec import OptimizerSpec
 from blto.pretraining.trainer import Trainer, build_optimizer
 from blto.runtime import device

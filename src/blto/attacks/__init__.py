@@ -1,4 +1,4 @@
-"""Attacks, one paper or control a file. Each trains a trigger; how poisons are made from it is the same for all."""
+"""Attacks, one paper or control a file. Each makes a trigger; how poisons come from it is the same for all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 ATTACKS: Registry[Attack] = Registry(
     "attack",
     {
+        "bad_encoder": "blto.attacks.bad_encoder:BadEncoder",
         "blto": "blto.attacks.blto:BLTO",
         "clean": "blto.attacks.clean:Clean",
         "ctrl": "blto.attacks.ctrl:CTRL",

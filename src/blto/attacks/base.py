@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,9 @@ from pydantic import BeforeValidator, Field
 
 from blto.data.images import ImageSet
 from blto.errors import ConfigError
+from blto.models.encoder import Encoder
 from blto.poisoning import PoisonedDataset, Trigger, apply_to_uint8, plan_replacement
+from blto.pretraining.loop import Observer
 from blto.runtime.progress import SILENT, Progress
 
 
@@ -66,6 +69,42 @@ class Attack(ABC):
     @abstractmethod
     def train_trigger(self, images: ImageSet, *, seed: int, surroundings: Surroundings) -> TrainedTrigger:
         """Make the trigger from the attacker's labeled images."""
+
+
+@dataclass(frozen=True)
+class Tampered:
+    """A tampered encoder, and how that went: a row of losses per observed epoch."""
+
+    encoder: Encoder
+    trajectory: list[dict[str, float]] = field(default_factory=list)
+
+
+class EncoderTampering(Attack):
+    """An attack that changes an encoder which somebody else has trained; no training image is poisoned."""
+
+    poison_rate = 0.0
+
+    @abstractmethod
+    def tamper(
+        self,
+        encoder: Encoder,
+        trigger: Trigger,
+        images: ImageSet,
+        *,
+        seed: int,
+        surroundings: Surroundings,
+        observers: Sequence[Observer] = (),
+    ) -> Tampered:
+        """Change a clean encoder, in place, so that it takes triggered images for the target class.
+
+        Args:
+            encoder: the clean one.
+            trigger: of `train_trigger`.
+            images: the attacker's, labeled.
+            seed: of all that is drawn.
+            surroundings: where and how.
+            observers: asked before, now and then between, and after; see `pretraining.loop.Observer`.
+        """
 
 
 def check_target(images: ImageSet, target_class: int) -> None:

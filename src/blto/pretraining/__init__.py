@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 METHODS: Registry[SSLMethod] = Registry(
     "method",
     {
-        "byol": "blto.pretraining.byol:BYOL",
-        "moco": "blto.pretraining.moco:MoCo",
-        "simclr": "blto.pretraining.simclr:SimCLR",
-        "simsiam": "blto.pretraining.simsiam:SimSiam",
+        "byol": "blto.pretraining.methods.byol:BYOL",
+        "moco": "blto.pretraining.methods.moco:MoCo",
+        "simclr": "blto.pretraining.methods.simclr:SimCLR",
+        "simsiam": "blto.pretraining.methods.simsiam:SimSiam",
     },
 )

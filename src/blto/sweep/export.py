@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from blto.errors import InputRefused, Mismatch
+from blto.experiment.outcome import ENCODER, LOG
 from blto.files import atomic_write, canonical_json, read_bytes, safe_join, sha256_bytes, show
 from blto.files.atomic import remove_file
-from blto.outcome import ENCODER, LOG
 from blto.records import RunRecord, RunStore
 from blto.sweep.plan import Cell
 from blto.sweep.results import Results

@@ -1,0 +1,1 @@
+"""SSL methods, one paper a file."""
