@@ -1,0 +1,12 @@
+"""Defenses, one paper a file. Each says what it may see; `base` hands it that and no more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blto.registry import Registry
+
+if TYPE_CHECKING:
+    from blto.defenses.base import Defense
+
+DEFENSES: Registry[Defense] = Registry("defense", {"decree": "blto.defenses.decree:DECREE"})

@@ -1,0 +1,189 @@
+"""What a defense is, by the stage at which it acts: what it is asked, what it may see, what it answers.
+
+A defense declares how many clean images it needs; the functions below hand it that, without labels, and nothing else.
+Scores are larger for what is more suspicious.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from blto.data.images import ImageSet
+from blto.errors import Diverged, InputRefused
+from blto.models.encoder import Encoder
+from blto.runtime.progress import SILENT, Progress
+from blto.runtime.seeds import numpy_generator
+
+Images = npt.NDArray[np.uint8]
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Where a defense runs and what it draws from.
+
+    Attributes:
+        seed: of all that is drawn.
+        device: "cpu" or "cuda".
+        progress: where progress goes.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    progress: Progress = field(default=SILENT)
+
+
+class Defense:
+    """Constructor keywords are a defense's configuration; `card` says where it comes from.
+
+    Attributes:
+        images: how many clean images it is to be shown, without labels; 0 for none.
+    """
+
+    images: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What a detector found in an encoder.
+
+    Attributes:
+        score: comparable between encoders of one family on images of one kind.
+        flagged: by the method's own published threshold; None where it has none.
+        measures: what the score was made from, by name.
+        trigger: the reconstructed one, where there is one: `mask` (1, H, W) and `patch` (3, H, W), in [0, 1].
+        seconds: of wall time.
+    """
+
+    score: float
+    flagged: bool | None
+    measures: Mapping[str, float] = field(default_factory=dict)
+    trigger: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class EncoderDetector(Defense, ABC):
+    """Says how suspicious an encoder is."""
+
+    @abstractmethod
+    def inspect(self, encoder: Encoder, images: Images, conditions: Conditions) -> Inspection:
+        """Look at one encoder, in evaluation mode; its weights, statistics and modes are left as they were.
+
+        Args:
+            encoder: the suspect.
+            images: uint8 (`self.images`, 3, S, S), clean.
+            conditions: where, and from which seed.
+        """
+
+
+class EncoderRepair(Defense, ABC):
+    """Makes an encoder harmless, or tries to."""
+
+    @abstractmethod
+    def repair(self, encoder: Encoder, images: Images, conditions: Conditions) -> Encoder:
+        """Return the repaired encoder. `encoder` is the defense's own copy, in evaluation mode, and may be changed."""
+
+
+class DatasetFilter(Defense, ABC):
+    """Says how suspicious each image of a training set is.
+
+    Attributes:
+        needs_encoder: whether it needs an encoder that was pretrained on the very set.
+    """
+
+    needs_encoder: bool = True
+
+    @abstractmethod
+    def score(self, suspects: Images, encoder: Encoder | None, conditions: Conditions) -> Scores:
+        """One number an image, larger for the more suspicious.
+
+        Args:
+            suspects: uint8 (N, 3, S, S), the training set, without labels.
+            encoder: pretrained on it, where `needs_encoder`; else None.
+            conditions: where, and from which seed.
+        """
+
+
+class InputDetector(Defense, ABC):
+    """Says of images that reach an encoder in use how suspicious each is."""
+
+    @abstractmethod
+    def score(self, suspects: Images, encoder: Encoder, clean: Images, conditions: Conditions) -> Scores:
+        """One number an image, larger for the more suspicious.
+
+        Args:
+            suspects: uint8 (N, 3, S, S).
+            encoder: in evaluation mode, left as it was.
+            clean: uint8 (`self.images`, 3, S, S), to compare with.
+            conditions: where, and from which seed.
+        """
+
+
+def shown(defense: Defense, images: ImageSet | None, conditions: Conditions) -> Images:
+    """As many of the clean images as the defense asks for, drawn from the seed, without labels.
+
+    Raises:
+        InputRefused: there are fewer than it needs.
+    """
+    there = 0 if images is None else len(images)
+    if there < defense.images:
+        raise InputRefused(
+            f"{'no clean images' if images is None else images.name}: {there} images, and the defense needs "
+            f"{defense.images}; give more, or lower its option images."
+        )
+    if images is None or not defense.images:
+        return np.empty((0, 3, 1, 1), np.uint8)
+    draw = numpy_generator(conditions.seed, "defense", "images")
+    return np.ascontiguousarray(images.images[np.sort(draw.choice(there, defense.images, replace=False))])
+
+
+def inspect_encoder(
+    detector: EncoderDetector, encoder: Encoder, images: ImageSet | None, conditions: Conditions
+) -> Inspection:
+    """Let a detector look at an encoder, and take the time. Raises InputRefused for too few images."""
+    given, started = shown(detector, images, conditions), time.monotonic()
+    found = detector.inspect(encoder.eval(), given, conditions)
+    return replace(found, seconds=time.monotonic() - started)
+
+
+def repair_encoder(repair: EncoderRepair, encoder: Encoder, images: ImageSet | None, conditions: Conditions) -> Encoder:
+    """A repaired copy of an encoder, in evaluation mode.
+
+    Raises:
+        InputRefused: too few images.
+        Diverged: a weight became NaN or Inf.
+    """
+    repaired = repair.repair(deepcopy(encoder).eval(), shown(repair, images, conditions), conditions).eval()
+    if not all(torch.isfinite(value).all() for value in repaired.state_dict().values()):
+        raise Diverged("the repaired encoder holds NaN or Inf; lower the repair's learning rate.")
+    return repaired
+
+
+def score_dataset(
+    filtering: DatasetFilter, suspects: ImageSet, encoder: Encoder | None, conditions: Conditions
+) -> Scores:
+    """Scores of a training set, one an image; the filter sees no label.
+
+    Raises:
+        InputRefused: it needs an encoder and there is none.
+    """
+    if filtering.needs_encoder and encoder is None:
+        raise InputRefused(f"{suspects.name}: the filter needs an encoder pretrained on them; give one.")
+    given = encoder.eval() if encoder is not None and filtering.needs_encoder else None
+    return filtering.score(suspects.images, given, conditions)
+
+
+def score_inputs(
+    detector: InputDetector, suspects: ImageSet, encoder: Encoder, clean: ImageSet | None, conditions: Conditions
+) -> Scores:
+    """Scores of images that reach an encoder in use. Raises InputRefused for too few clean images."""
+    return detector.score(suspects.images, encoder.eval(), shown(detector, clean, conditions), conditions)
