@@ -10,14 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import findings
+from benchmarks import detectors, findings
 from blto.files import read_json, read_jsonl, write_text
 from blto.records import RunStore
 from blto.report.tables import markdown_table
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "engine.md", ROOT / "docs" / "findings.md")
-GATES = ("gate1", "gate4", "gate4_levers", "gate4_controls", "gate4_repeats", "gate5")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("engine.md", "findings.md", "defenses/README.md")),
+)
+GATES = ("gate1", "gate1_patch_size", "gate4", "gate4_levers", "gate4_controls", "gate4_repeats", "gate5")
 FOREIGN_LIMIT = 0.25
 """As in `timing`, which imports torch."""
 COLUMNS = (
@@ -35,8 +38,9 @@ SUMMARY = {
 
 
 def results_table(results: Path) -> str:
-    """Every run that no gate of docs/findings.md has a table for."""
-    stores = [folder for folder in sorted(results.iterdir()) if folder.is_dir() and not folder.name.startswith("gate")]
+    """Every run that has no table of its own in docs/."""
+    elsewhere = ("gate", "bank")
+    stores = [each for each in sorted(results.iterdir()) if each.is_dir() and not each.name.startswith(elsewhere)]
     return markdown_table([record for store in stores for record in RunStore(store).list()]).strip()
 
 
@@ -176,6 +180,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "displacement": lambda results: findings.displacement_table(sorted(results.glob("gate*"))),
     "trend": lambda results: findings.trend_table(sorted(results.glob("gate*"))),
     "gate5_seeds": lambda results: findings.seeds_table(results / "gate5"),
+    "bank": lambda results: findings.seeds_table(results / "bank_poisoned"),
+    "detectors": detectors.detector_table,
     "draws": lambda results: findings.draws_table(results / "probe_draws.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},
 }

@@ -28,12 +28,33 @@ def test_the_page_of_blto_names_every_option() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["ctrl", "ssl_backdoor"])
+@pytest.mark.parametrize("name", ["bad_encoder", "ctrl", "ssl_backdoor"])
 def test_the_page_of_an_attack_names_every_option(name: str) -> None:
     from blto.attacks import ATTACKS
 
     page = (ROOT / f"docs/attacks/{name}.md").read_text()
     assert set(ATTACKS.schema(name).model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+
+
+def test_every_defense_has_a_page_that_names_its_options() -> None:
+    from blto.defenses import DEFENSES
+
+    for name in DEFENSES.names():
+        page = (ROOT / f"docs/defenses/{name}.md").read_text()
+        assert set(DEFENSES.schema(name).model_fields) <= set(re.findall(r"`(\w+)`", page)), name
+        assert f"({name}.md)" in (ROOT / "docs/defenses/README.md").read_text()
+
+
+def test_the_page_of_the_scan_names_every_option() -> None:
+    from typer.main import get_command
+
+    from blto.cli.app import app
+
+    page = (ROOT / "docs/scan.md").read_text()
+    command = vars(vars(get_command(app))["commands"]["scan"])["commands"]["encoder"]
+    options = {word for each in command.params for word in each.opts if word[:2] == "--"}
+    shared = {"--store", "--data-root", "--device", "--quiet", "--help", "--seed"}
+    assert not {option for option in options - shared if option not in page}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -74,11 +95,14 @@ def test_the_metrics_page_defines_every_metric() -> None:
 
 
 def test_the_readme_lists_every_exit_code() -> None:
+    from blto.audit.verdict import Verdict
+
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.BltoError)]
     table = (ROOT / "README.md").read_text().partition("| exit code |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE)
     listed = {int(code) for row in rows for code in row.split(",")}
-    assert listed == {kind.exit_code for kind in kinds} | {0, 143}
+    verdicts = {verdict.exit_code for verdict in Verdict}
+    assert listed == {kind.exit_code for kind in kinds} | verdicts | {0, 143}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         sweep,
         verify,
     )
+    from blto.audit.scan import scan
     from blto.catalog import list_all as list
     from blto.catalog import show
     from blto.demo import demo
@@ -50,6 +51,7 @@ __all__ = [
     "pretrain",
     "report",
     "run",
+    "scan",
     "show",
     "sweep",
     "verify",
@@ -58,6 +60,7 @@ __all__ = [
 _HOMES = {name: f"blto.api:{name}" for name in __all__} | {
     "demo": "blto.demo:demo",
     "list": "blto.catalog:list_all",
+    "scan": "blto.audit.scan:scan",
     "show": "blto.catalog:show",
 }
 

@@ -24,17 +24,18 @@ def registries() -> dict[str, Registry[Any]]:
     """Every registry, by the kind of component it holds."""
     from blto.attacks import ATTACKS
     from blto.data import DATASETS
+    from blto.defenses import DEFENSES
     from blto.models import BACKBONES, GENERATORS
     from blto.pretraining import METHODS
 
-    return {registry.kind: registry for registry in (ATTACKS, METHODS, BACKBONES, GENERATORS, DATASETS)}
+    return {registry.kind: registry for registry in (ATTACKS, DEFENSES, METHODS, BACKBONES, GENERATORS, DATASETS)}
 
 
 def list_all(kind: str | None = None, *, store: str | os.PathLike[str] = "runs") -> dict[str, dict[str, Any]]:
     """All components and runs by kind and name: a component's card, a run's record.
 
     Args:
-        kind: "attack", "method", "backbone", "generator", "dataset" or "run"; None is all.
+        kind: "attack", "defense", "method", "backbone", "generator", "dataset" or "run"; None is all.
         store: folder of the runs.
 
     Raises:
@@ -119,8 +120,10 @@ def _spelled_out(meaning: str, key: str, component: Any, registry: Registry[Any]
     if not found:
         return meaning
     titles = {registry.card(name).title: registry.get(name) for name in registry.names()}
-    source = inspect.getmro(component)[1] if found[1] == f"every {registry.kind}" else titles.get(found[1])
-    said = _meanings(inspect.getdoc(source) or "").get(key) if source else None
+    bases, named = inspect.getmro(component)[1:], titles.get(found[1])
+    sources = bases if found[1] == f"every {registry.kind}" else [named] if named else []
+    told = ((source, _meanings(inspect.getdoc(source) or "").get(key)) for source in sources)
+    source, said = next(((source, said) for source, said in told if said), (None, None))
     if said is None:
         return meaning
     said = _spelled_out(said, key, source, registry).removesuffix(".")

@@ -17,6 +17,7 @@ from blto.analysis.from_record import record_figures
 from blto.analysis.from_test_set import test_set_figures
 from blto.analysis.images import residual_grid, residual_table
 from blto.analysis.save import save_figure, svg_text
+from blto.analysis.scores import score_strip
 
 __all__ = [
     "ExposurePath",
@@ -33,6 +34,7 @@ __all__ = [
     "residual_grid",
     "residual_table",
     "save_figure",
+    "score_strip",
     "similarity_trajectory",
     "svg_text",
     "test_set_figures",

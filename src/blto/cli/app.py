@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import blto
-from blto.cli import output
+from blto.cli import output, scan
 from blto.cli.arguments import (
     ConfigFile,
     DataRoot,
@@ -37,6 +37,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(scan.app, name="scan")
 
 
 @app.callback(invoke_without_command=True)
@@ -226,7 +229,8 @@ def report(
 @app.command("list")
 def list_command(
     kind: Annotated[
-        str | None, typer.Argument(help="attack, method, backbone, generator, dataset or run.", show_default=False)
+        str | None,
+        typer.Argument(help="attack, defense, method, backbone, generator, dataset or run.", show_default=False),
     ] = None,
     store: Store = Path("runs"),
     as_json: Json = False,

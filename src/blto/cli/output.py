@@ -16,6 +16,7 @@ from blto.files.atomic import read_json
 from blto.files.text import show
 
 if TYPE_CHECKING:
+    from blto.audit.encoder import EncoderScan
     from blto.records import Metric, RunRecord
     from blto.sweep.queue import CellState
     from blto.sweep.running import SweepResult
@@ -220,3 +221,31 @@ def _default(option: Mapping[str, Any]) -> str:
     if isinstance(value, dict):
         return str(value.get("name", json.dumps(value)))
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def print_scan(found: EncoderScan, *, as_json: bool, page: Path | None) -> None:
+    """A scan: the verdict and why, a row a detector, what was not tested."""
+    from blto.audit.scan import as_plain
+
+    if as_json:
+        print_json({**as_plain(found), **({"page": str(page)} if page else {})})
+        return
+    judgement = found.judgement
+    p_value = "" if judgement.p_value is None else f", p = {judgement.p_value:.3g}"
+    print_text(f"{found.file}: {judgement.verdict.value}{p_value}", *judgement.reasons)
+    if found.outcomes:
+        rows = [
+            (
+                outcome.title,
+                f"{outcome.score:.3f}",
+                {True: "backdoor", False: "none", None: "-"}[outcome.flagged],
+                len(outcome.clean),
+                "-" if outcome.p_value is None else f"{outcome.p_value:.3g}",
+                f"{outcome.seconds:.0f}",
+            )
+            for outcome in found.outcomes
+        ]
+        print_text(table(("DETECTOR", "SCORE", "BY ITS THRESHOLD", "CLEAN", "P", "SECONDS"), rows))
+    print_text(*found.notes, *(f"not tested: {line}" for line in found.not_tested))
+    if page:
+        print_text(f"page: {page}")

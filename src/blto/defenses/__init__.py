@@ -9,4 +9,13 @@ from blto.registry import Registry
 if TYPE_CHECKING:
     from blto.defenses.base import Defense
 
-DEFENSES: Registry[Defense] = Registry("defense", {"decree": "blto.defenses.decree:DECREE"})
+DEFENSES: Registry[Defense] = Registry(
+    "defense",
+    {
+        "activation_clustering": "blto.defenses.activation_clustering:ActivationClustering",
+        "clp": "blto.defenses.clp:CLP",
+        "decree": "blto.defenses.decree:DECREE",
+        "local_density": "blto.defenses.local_density:LocalDensity",
+        "spectral": "blto.defenses.spectral:SpectralSignatures",
+    },
+)

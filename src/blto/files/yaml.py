@@ -75,9 +75,13 @@ def parse_assignment(text: str) -> tuple[tuple[str, ...], Any]:
         raise ConfigError(
             f"--set {show(text)}: give key=value, with dots between nested keys (attack.poison_rate=0.01)."
         )
-    where = f"--set {show(key)}"
-    node = _compose(value, where)
-    return keys, None if node is None else _construct(node, where, ())
+    return keys, parse_value(value, f"--set {show(key)}")
+
+
+def parse_value(text: str, where: str) -> Any:
+    """One value of the command line as YAML: a word, a number, a {mapping}. Raises ConfigError naming `where`."""
+    node = _compose(text, where)
+    return None if node is None else _construct(node, where, ())
 
 
 def apply_assignments(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ class RefusedError(Exception):
     """Why a foreign file is refused; the reader of its format adds the file and the advice."""
 
 
+class CodeFoundError(RefusedError):
+    """It is refused because it would run something: what nothing but data never does."""
+
+
 class Global(NamedTuple):
     """What a pickle refers to by name."""
 
@@ -66,7 +70,7 @@ class Interpreter:
             elif opcode.name in _ACTIONS:
                 _ACTIONS[opcode.name](self, argument)
             elif opcode.name not in ("PROTO", "FRAME"):
-                raise RefusedError(f"it uses {opcode.name}, which {self.needed_by} never need; nothing was run")
+                raise CodeFoundError(f"it uses {opcode.name}, which {self.needed_by} never need; nothing was run")
         if len(self.stack) != 1:
             raise RefusedError("it does not end with one value")
         return self.stack[0]
@@ -74,15 +78,15 @@ class Interpreter:
     def named(self, reference: Global) -> Any:
         """The value that stands for a name. Raises RefusedError for one that is not known."""
         name = show(str(reference), 80)
-        raise RefusedError(f"it refers to {name}, which {self.needed_by} never need; nothing was run")
+        raise CodeFoundError(f"it refers to {name}, which {self.needed_by} never need; nothing was run")
 
     def called(self, function: Any, arguments: Any) -> Any:
         """The value that stands for a call. Raises RefusedError for one that is not known."""
-        raise RefusedError(f"it calls something that {self.needed_by} never need; nothing was run")
+        raise CodeFoundError(f"it calls something that {self.needed_by} never need; nothing was run")
 
     def filled(self, target: Any, state: Any) -> None:
         """Take note of the state of what stands for an object. Raises RefusedError where it may have none."""
-        raise RefusedError(f"it sets the state of something that {self.needed_by} never have; nothing was run")
+        raise CodeFoundError(f"it sets the state of something that {self.needed_by} never have; nothing was run")
 
     def external(self, identity: Any) -> Any:
         """The value that stands for what lies outside of the pickle. Raises RefusedError where nothing may."""

@@ -26,7 +26,7 @@ from blto.errors import InputRefused
 from blto.files.atomic import canonical_json
 from blto.files.foreign.groups import MOST_SHARED
 from blto.files.foreign.legacy import LegacyCheckpoint
-from blto.files.foreign.pickles import RefusedError
+from blto.files.foreign.pickles import CodeFoundError, RefusedError
 from blto.files.reading import parse_json
 from blto.files.safetensors import parse_safetensors
 from blto.files.text import show
@@ -38,7 +38,7 @@ ROOM = 1 << 30
 """Bytes of address space that the child has beside thrice the file."""
 OVERHEAD = 16 << 20
 """Bytes that its answer may have beside the tensors."""
-REFUSED, ESCAPED, OUT_OF_ROOM = 3, 4, 5
+REFUSED, ESCAPED, OUT_OF_ROOM, HOLDS_CODE = 3, 4, 5, 6
 WALLS = ("address space", "CPU time", "file size", "no core", "no network", "no new privileges", "watched")
 _CLONE_NEWNET, _CLONE_NEWUSER, _PR_SET_NO_NEW_PRIVS = 0x40000000, 0x10000000, 38
 _FORBIDDEN = (
@@ -56,8 +56,12 @@ def convert(data: bytes) -> tuple[dict[str, dict[str, Array]], tuple[str, ...]]:
     code, answer, said = _run(data)
     if code == REFUSED:
         raise RefusedError(said or "it was refused")
+    if code == HOLDS_CODE:
+        raise CodeFoundError(said or "it holds code")
     if code == OUT_OF_ROOM:
         raise RefusedError("reading it takes more memory than such a file needs")
+    if code == ESCAPED:
+        raise CodeFoundError("the process that read it was stopped (it tried what no reading needs)")
     if code != 0:
         raise RefusedError(f"the process that read it was stopped ({_ending(code)})")
     try:
@@ -122,8 +126,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _ending(code: int) -> str:
-    if code == ESCAPED:
-        return "it tried what no reading needs"
     return f"exit code {code}" if code > 0 else f"signal {-code}"
 
 
@@ -138,6 +140,7 @@ def serve() -> NoReturn:
         code = 0
     except RefusedError as error:
         os.write(2, str(error).encode())
+        code = HOLDS_CODE if isinstance(error, CodeFoundError) else REFUSED
     except MemoryError:
         code = OUT_OF_ROOM
     except BaseException as error:  # whatever a damaged file leads to, in one line

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 
 from blto.files.foreign.groups import MAX_TENSORS, grouped
-from blto.files.foreign.pickles import RefusedError
+from blto.files.foreign.pickles import CodeFoundError, RefusedError
 from blto.files.foreign.weights import Array, Storage, Weights
 from blto.files.text import show
 
@@ -99,7 +99,7 @@ def _members(listed: list[zipfile.ZipInfo], data: memoryview, directory: int) ->
     for member in sorted(listed, key=lambda each: each.header_offset):
         root, _, name = member.filename.partition("/")
         if name.startswith("code/") or name == "constants.pkl":
-            raise RefusedError("it is a TorchScript archive, which holds code; ask for the state dict")
+            raise CodeFoundError("it is a TorchScript archive, which holds code; ask for the state dict")
         if name in found or not _KNOWN.fullmatch(name) or root != (folder or root):
             raise RefusedError(
                 f"it has a member {show(member.filename, 60)} that torch does not write, or has it twice"

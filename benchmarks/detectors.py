@@ -1,0 +1,136 @@
+"""Detectors on the bank of small encoders: every score as a record, and the table of docs/defenses/README.md.
+
+Of the clean encoders the even seeds choose thresholds, and the odd ones are what the table is made of. To run, as often
+as need be (a minute or less an encoder on one core): python -m benchmarks.detectors --data-root DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blto.evaluation.detection import auroc, expected_average_precision, tpr_at_lowest_fpr
+from blto.files import append_jsonl, read_jsonl, sha256_file
+from blto.records import Metric, RunStore
+
+RESULTS = Path(__file__).parent / "results"
+FILE = "detectors.jsonl"
+BANK = ("bank_clean", "bank_poisoned")
+CLEAN = "clean"
+DETECTORS: Mapping[str, Mapping[str, Any]] = {
+    "DECREE": {"name": "decree"},
+    "DECREE, 3 starts": {"name": "decree", "starts": 3},
+}
+IMAGES_SEED = 0
+
+
+class Banked(NamedTuple):
+    """An encoder of the bank: which attack made it ("clean": none), from which seed, and its file."""
+
+    group: str
+    seed: int
+    file: Path
+
+
+def bank(results: Path) -> Iterator[Banked]:
+    """The encoders that are committed beside their records."""
+    for part in BANK:
+        for record in RunStore(results / part).list():
+            folder = next(iter((results / part).glob(f"*-s{record.spec['seed']}-{record.run_id[-10:]}")), None)
+            if folder is not None and (folder / "encoder.safetensors").exists():
+                yield Banked(folder.name.split("-s")[0], int(record.spec["seed"]), folder / "encoder.safetensors")
+
+
+def measure(results: Path, data_root: Path | None) -> None:
+    """Score what has not been scored yet."""
+    from blto.data import load
+    from blto.defenses import DEFENSES
+    from blto.defenses.base import Conditions, EncoderDetector, inspect_encoder
+    from blto.models.checkpoints import load_encoder
+    from blto.runtime.progress import Progress
+
+    images = load("cifar10", data_root=data_root, split="test").without_labels()
+    file = results / FILE
+    done = {(row["detector"], row["encoder_sha256"]) for row in (read_jsonl(file) if file.exists() else [])}
+    for name, spec in DETECTORS.items():
+        detector = DEFENSES.build(spec)
+        assert isinstance(detector, EncoderDetector)
+        for banked in bank(results):
+            digest = sha256_file(banked.file)
+            if (name, digest) in done:
+                continue
+            conditions = Conditions(IMAGES_SEED, progress=Progress(quiet=True))
+            found = inspect_encoder(detector, load_encoder(banked.file), images, conditions)
+            row = {"detector": name, "spec": DEFENSES.resolve(spec), "group": banked.group, "seed": banked.seed}
+            row |= {"encoder_sha256": digest, "score": found.score, "flagged": found.flagged}
+            append_jsonl(file, {**row, "measures": dict(found.measures), "seconds": found.seconds})
+            sys.stdout.write(f"{name}: {banked.group} {banked.seed}: {found.score:.4f}\n")
+            sys.stdout.flush()
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each detector and attack, from the records."""
+    titles = ("Detector", "Attack", "Encoders", "AUROC", "AUPRC", "Hits at no false alarm", "False alarms", "Seconds")
+    lines = [f"| {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * (len(titles) - 2)}"]
+    for name in dict.fromkeys(row["detector"] for row in rows):
+        of_detector = [row for row in rows if row["detector"] == name]
+        chosen, judged = (
+            [row["score"] for row in of_detector if row["group"] == CLEAN and row["seed"] % 2 == odd] for odd in (0, 1)
+        )
+        seconds = sum(row["seconds"] for row in of_detector) / len(of_detector)
+        for group in dict.fromkeys(row["group"] for row in of_detector if row["group"] != CLEAN):
+            scores = [row["score"] for row in of_detector if row["group"] == group]
+            alarms, hits = tpr_at_lowest_fpr(scores, chosen, judged)
+            precision = expected_average_precision(scores, judged, 0.5)
+            cells = (
+                *(name, group, f"{len(scores)}, {len(judged)} clean", shown(auroc(scores, judged), 1, 2)),
+                *(f"{precision:.2f}", shown(hits, 100, 0), shown(alarms, 100, 0), f"{seconds:.0f}"),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    flagged = [
+        f"{name} by its own threshold: "
+        + ", ".join(f"{sum(row['flagged'] for row in of)} of {len(of)} {group}" for group, of in groups.items())
+        + "."
+        for name, groups in by_threshold(rows).items()
+    ]
+    return "\n".join([*lines, "", *flagged])
+
+
+def by_threshold(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Detector -> group -> its rows, where the detector has a threshold of its own."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        if row["flagged"] is not None:
+            found.setdefault(row["detector"], {}).setdefault(row["group"], []).append(row)
+    return found
+
+
+def shown(metric: Metric, factor: float, digits: int) -> str:
+    """A value with its interval."""
+    value, low, high = (f"{factor * (number or 0):.{digits}f}" for number in (metric.value, metric.low, metric.high))
+    unit = "%" if factor == 100 else ""
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def detector_table(results: Path) -> str:
+    """The table of what has been measured."""
+    file = results / FILE
+    return table(read_jsonl(file)) if file.exists() else "Not measured yet: `python -m benchmarks.detectors`."
+
+
+def main() -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    measure(given.results, given.data_root)
+    sys.stdout.write(detector_table(given.results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The scan of an encoder: read it, let detectors look, compare with clean encoders, say how sure that is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from blto.audit.looking import Looking
+from blto.audit.reading import read_of_family, read_suspect
+from blto.audit.verdict import Judgement, Outcome, Verdict, judge
+from blto.data.images import ImageSet
+from blto.defenses import DEFENSES
+from blto.defenses.base import Conditions, EncoderDetector, Inspection
+from blto.errors import ConfigError, InputRefused
+from blto.files import sha256_file, show
+from blto.files.foreign.pickles import CodeFoundError
+from blto.records import RunStore
+from blto.runtime.progress import SILENT, Progress
+
+DEFAULT: tuple[dict[str, Any], ...] = ({"name": "decree", "starts": 3},)
+"""The detectors of a scan that names none."""
+NOT_TESTED = (
+    "Triggers that change the whole image by little (CTRL, BLTO): no detector here is known to see them.",
+    "Backdoors that answer to something else than images, or to several triggers together.",
+    "Whether the training images were poisoned: that is a question to the data.",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderScan:
+    """A scan's result.
+
+    Attributes:
+        file, sha256, format, notes: of the suspect.
+        judgement: verdict, p-value, reasons, power.
+        outcomes: what each detector found.
+        inspections: the same with the reconstructed trigger, in the order of the outcomes.
+        images: how many images there were, and of which set.
+        tested, not_tested: what this scan can and cannot speak of, as sentences.
+        alpha: the error rate asked for.
+        seconds: of wall time.
+    """
+
+    file: str
+    sha256: str
+    format: str
+    notes: tuple[str, ...]
+    judgement: Judgement
+    outcomes: tuple[Outcome, ...]
+    inspections: tuple[Inspection, ...]
+    images: str
+    tested: tuple[str, ...]
+    not_tested: tuple[str, ...]
+    alpha: float
+    seconds: float
+
+
+def scan_encoder(
+    path: Path,
+    images: ImageSet,
+    *,
+    arch: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    clean: Sequence[Path] = (),
+    detectors: Sequence[Mapping[str, Any]] = DEFAULT,
+    drill: int = 0,
+    alpha: float = 0.05,
+    seed: int = 0,
+    store: RunStore,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> EncoderScan:
+    """Scan one encoder.
+
+    Args:
+        path: the suspect's file.
+        images: clean images of the kind that the encoder was made for, on which it was not trained.
+        arch, options: of a file that blto did not write; see `models.foreign.import_encoder`.
+        clean: encoders of the same family that are known to be clean: another seed of the same recipe. Without any, or
+            with too few, the verdict is "inconclusive".
+        detectors: entries of DEFENSES that inspect encoders, with their options.
+        drill: how many of the clean encoders blto tampers with (BadEncoder) and scans as well, to measure the power.
+        alpha: the share of clean encoders that may be called suspect.
+        seed: of all that is drawn.
+        store: keeps each inspection, so that a clean encoder is looked at once.
+        device, progress: where to compute, and where progress goes.
+
+    Raises:
+        ConfigError: an option out of range, a detector that is none, or a clean encoder of another family.
+        InputRefused: a file that is not an encoder, or too few images. One that holds code or weights that are no
+            numbers is a finding and not an error.
+    """
+    if not 0 < alpha < 1:
+        raise ConfigError(f"--alpha is {alpha:g}; give a share between 0 and 1.")
+    if not 0 <= drill <= len(clean):
+        raise ConfigError(f"--drill is {drill}, with {len(clean)} clean encoders; give 0 to that many.")
+    built = [_detector(spec) for spec in detectors]
+    started = time.monotonic()
+    shown_images = f"{len(images)} images of {images.name}"
+    try:
+        suspect = read_suspect(path, arch, options or {})
+    except InputRefused as error:
+        if error.code != "CKPT-NAN" and not isinstance(error.__cause__, CodeFoundError):
+            raise
+        return EncoderScan(
+            file=show(path.name),
+            sha256=sha256_file(path),
+            format="refused",
+            notes=(),
+            judgement=Judgement(Verdict.SUSPECT, None, (str(error),)),
+            outcomes=(),
+            inspections=(),
+            images=shown_images,
+            tested=("The file itself: it was read without running anything in it.",),
+            not_tested=("Everything else: the encoder was not loaded.",),
+            alpha=alpha,
+            seconds=time.monotonic() - started,
+        )
+    known = [read_of_family(each, suspect, arch, options or {}) for each in clean]
+    looking = Looking(images, store, Conditions(seed, device, progress))
+    planted = [looking.plant(each) for each in known[:drill]]
+    outcomes, inspections = [], []
+    for spec, detector in built:
+        found = looking.inspect(spec, detector, suspect)
+        inspections.append(found)
+        outcomes.append(
+            Outcome(
+                detector=spec["name"],
+                title=DEFENSES.card(spec["name"]).title,
+                score=found.score,
+                flagged=found.flagged,
+                measures=found.measures,
+                clean=tuple(looking.inspect(spec, detector, each).score for each in known),
+                planted=tuple(looking.inspect(spec, detector, each).score for each in planted),
+                seconds=found.seconds,
+            )
+        )
+    return EncoderScan(
+        file=suspect.name,
+        sha256=suspect.sha256,
+        format=suspect.format,
+        notes=suspect.notes,
+        judgement=judge(outcomes, alpha=alpha),
+        outcomes=tuple(outcomes),
+        inspections=tuple(inspections),
+        images=shown_images,
+        tested=tuple(f"{each.title}: {DEFENSES.card(each.detector).summary}." for each in outcomes),
+        not_tested=NOT_TESTED,
+        alpha=alpha,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _detector(spec: Mapping[str, Any]) -> tuple[dict[str, Any], EncoderDetector]:
+    """The resolved spec of a detector, and it. Raises ConfigError for a defense that does not inspect encoders."""
+    resolved = DEFENSES.resolve(spec, "--detector")
+    built = DEFENSES.build(resolved)
+    if not isinstance(built, EncoderDetector):
+        raise ConfigError(f"--detector {resolved['name']}: it does not inspect encoders; {_detectors()}.")
+    return resolved, built
+
+
+def _detectors() -> str:
+    names = [name for name in DEFENSES.names() if issubclass(cast(type, DEFENSES.get(name)), EncoderDetector)]
+    return f"those that do: {', '.join(names)}"

@@ -1,0 +1,84 @@
+"""A scan as one HTML page, without script or network: verdict, scores beside clean encoders, what was reconstructed."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from blto.analysis import residual_grid, score_strip, svg_text
+from blto.audit.encoder import EncoderScan
+from blto.audit.verdict import Outcome, Verdict
+from blto.defenses.base import Inspection
+from blto.files import show
+from blto.report.svg import inline_svg
+
+Images = npt.NDArray[np.uint8]
+SHOWN = 8
+HEADINGS = {
+    Verdict.CLEAN: "Nothing found",
+    Verdict.SUSPECT: "Suspect",
+    Verdict.INCONCLUSIVE: "Inconclusive",
+}
+
+
+def render_page(scan: EncoderScan, images: Images) -> str:
+    """The page as text.
+
+    Args:
+        scan: the result.
+        images: uint8 (N, 3, S, S), the clean ones, of which a few are shown with the reconstructed trigger.
+    """
+    pairs = zip(scan.outcomes, scan.inspections, strict=True)
+    return _template().render(
+        css=Markup(resources.files("blto.report").joinpath("report.css").read_text(encoding="utf-8")),
+        heading=HEADINGS[scan.judgement.verdict],
+        found=scan.judgement.verdict is Verdict.SUSPECT,
+        scan=scan,
+        judgement=scan.judgement,
+        detectors=[_detector(number, *pair, images) for number, pair in enumerate(pairs)],
+    )
+
+
+def _detector(number: int, outcome: Outcome, inspection: Inspection, images: Images) -> dict[str, Any]:
+    """What the template needs to know of one detector."""
+    strip = score_strip(outcome.score, outcome.clean, outcome.planted) if outcome.clean else None
+    return {
+        "outcome": outcome,
+        "strip": _inline(strip, f"strip{number}", f"Scores of {outcome.title}") if strip else None,
+        "sheet": _inline(_sheet(inspection, images), f"sheet{number}", "Images with the reconstructed trigger")
+        if inspection.trigger
+        else None,
+    }
+
+
+def _sheet(inspection: Inspection, images: Images) -> Figure:
+    """A few images, the same with the reconstructed trigger, and the difference."""
+    mask, patch = inspection.trigger["mask"], inspection.trigger["patch"]
+    originals = images[:SHOWN]
+    stamped = torch.from_numpy(originals.copy()).float() / 255 * (1 - mask) + mask * patch
+    return residual_grid(originals, (stamped * 255).round().to(torch.uint8).numpy())
+
+
+def _inline(figure: Figure, prefix: str, label: str) -> Markup:
+    return inline_svg(svg_text(figure), prefix, label)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("blto", "audit"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(show=show)
+    return environment.get_template("scan.html.j2")

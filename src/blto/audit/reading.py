@@ -1,0 +1,79 @@
+"""Reading the encoders of a scan: the suspect, and those that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blto.errors import ConfigError, InputRefused
+from blto.files import sha256_file, show
+from blto.files.safetensors import read_safetensors
+from blto.models import checkpoints
+from blto.models.encoder import Encoder
+from blto.models.foreign import import_encoder
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An encoder that was read.
+
+    Attributes:
+        encoder: in evaluation mode.
+        name: of its file.
+        sha256: of its bytes.
+        format: "blto", or as in `models.foreign.Imported`.
+        notes: where in the file it was found and what was left over, as sentences.
+    """
+
+    encoder: Encoder
+    name: str
+    sha256: str
+    format: str
+    notes: tuple[str, ...] = ()
+
+
+def read_suspect(path: Path, arch: str | None, options: Mapping[str, Any]) -> Suspect:
+    """Read an encoder of blto's own, or with `arch` one of others; `options` as in `import_encoder`.
+
+    Raises:
+        InputRefused: the file is refused.
+        ConfigError: options for a foreign file without an architecture.
+    """
+    if arch is None:
+        if options:
+            raise ConfigError(f"{', '.join(options)}: only for an encoder that others have trained; give --arch too.")
+        return Suspect(checkpoints.load_encoder(path), show(path.name), sha256_file(path), "blto")
+    found = import_encoder(path, arch, **options)
+    notes = [f"Its tensors were found at {found.place}."]
+    if found.unexpected:
+        notes.append(
+            f"{len(found.unexpected)} further tensors there were not used (first: {show(found.unexpected[0])})."
+        )
+    if found.layers:
+        notes.append(f"A legacy pickle, read in a process of its own behind: {', '.join(found.layers)}.")
+    return Suspect(found.encoder.eval(), show(path.name), found.sha256, found.format, tuple(notes))
+
+
+def read_of_family(path: Path, suspect: Suspect, arch: str | None, options: Mapping[str, Any]) -> Suspect:
+    """A clean encoder. Raises ConfigError where its tensors have other names or shapes than the suspect's."""
+    own = arch is None or (path.suffix == ".safetensors" and _is_ours(path))
+    read = read_suspect(path, None if own else arch, {} if own else options)
+    shapes = [
+        {name: tuple(value.shape) for name, value in each.encoder.state_dict().items()} for each in (read, suspect)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"--clean {read.name}: is of another family than {suspect.name}, its tensors have other names or shapes; "
+            "give encoders of the same architecture."
+        )
+    return read
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether blto wrote the file."""
+    try:
+        return "backbone" in read_safetensors(path)[1]
+    except InputRefused:
+        return False

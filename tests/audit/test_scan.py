@@ -1,0 +1,204 @@
+"""A scan from a file to its verdict, on tiny encoders: what is read, compared, kept, refused, and written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import blto
+from blto.audit import looking
+from blto.audit.encoder import EncoderScan, scan_encoder
+from blto.audit.scan import as_plain
+from blto.audit.verdict import Verdict
+from blto.cli import main
+from blto.defenses.base import Conditions
+from blto.errors import ConfigError, InputRefused
+from blto.files import sha256_file
+from blto.models.checkpoints import load_encoder, save_encoder
+from blto.models.encoder import build_encoder
+from blto.records import RunStore
+from tests.factories import TINY_BACKBONE, random_images
+from tests.files.foreign.made import in_legacy, in_zip, named, saved
+
+IMAGES = random_images(64, size=16).without_labels()
+DETECTOR = {"name": "decree", "images": 64, "batch_size": 32, "epochs": 2, "similarity": 0.5}
+DATA = "{name: synthetic, train_size: 40, test_size: 64, image_size: 16}"
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("encoders")
+    for seed in range(21):
+        encoder = build_encoder(TINY_BACKBONE, seed=seed, image_size=16)
+        save_encoder(folder / f"{seed:02d}.safetensors", encoder, TINY_BACKBONE, 16)
+    return sorted(folder.iterdir())
+
+
+def scan(path: Path, store: Path, clean: list[Path] | None = None, **options: Any) -> EncoderScan:
+    given = {"detectors": [DETECTOR], "clean": clean or [], "store": RunStore(store), **options}
+    return scan_encoder(path, IMAGES, **given)
+
+
+def test_enough_clean_encoders_give_a_verdict_with_a_p_value(encoders: list[Path], tmp_path: Path) -> None:
+    found = scan(encoders[0], tmp_path, encoders[1:])
+    (outcome,) = found.outcomes
+    assert len(outcome.clean) == 20
+    assert found.judgement.p_value == outcome.p_value
+    above = sum(score >= outcome.score for score in outcome.clean)
+    assert outcome.p_value == pytest.approx((1 + above) / 21)
+    assert found.judgement.verdict is (Verdict.SUSPECT if above == 0 else Verdict.CLEAN)
+    assert found.sha256 == sha256_file(encoders[0])
+    assert (found.file, found.format) == ("00.safetensors", "blto")
+    assert found.images == "64 images of noise"
+    json.dumps(as_plain(found), allow_nan=False)
+
+
+def test_an_inspection_is_made_once_and_kept(
+    encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = scan(encoders[0], tmp_path, encoders[1:3])
+    looked = []
+    inspect = looking.inspect_encoder
+    monkeypatch.setattr(looking, "inspect_encoder", lambda *given: looked.append(1) or inspect(*given))
+    again = scan(encoders[0], tmp_path, encoders[1:3])
+    assert not looked
+    assert again.outcomes == first.outcomes
+    for name, value in first.inspections[0].trigger.items():
+        assert torch.equal(value, again.inspections[0].trigger[name])
+    scan(encoders[0], tmp_path, encoders[1:4])
+    assert len(looked) == 1
+    scan(encoders[0], tmp_path, seed=1)
+    assert len(looked) == 2
+
+
+def test_without_clean_encoders_or_with_few_it_is_inconclusive(encoders: list[Path], tmp_path: Path) -> None:
+    for clean in ([], encoders[1:4]):
+        assert scan(encoders[0], tmp_path, clean).judgement.verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_drill_tampers_with_copies_of_clean_encoders(
+    encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looking, "DRILL_STEPS", 6)
+    before = encoders[1].read_bytes()
+    found = scan(encoders[0], tmp_path, encoders[1:4], drill=2)
+    assert len(found.outcomes[0].planted) == 2
+    assert found.judgement.power is not None
+    assert found.judgement.power[3] == 2
+    assert encoders[1].read_bytes() == before
+    looker = looking.Looking(IMAGES, RunStore(tmp_path), Conditions())
+    suspect = looking.Suspect(load_encoder(encoders[1]), "a", sha256_file(encoders[1]), "blto")
+    planted = looker.plant(suspect)
+    weights = [each.encoder.state_dict()["backbone.stem.0.weight"] for each in (suspect, planted)]
+    assert not torch.equal(*weights)
+    assert planted.sha256 != suspect.sha256
+
+
+@pytest.mark.parametrize("pack", [in_zip, in_legacy], ids=["zip", "legacy"])
+def test_a_file_that_holds_code_is_a_finding(pack: Any, tmp_path: Path) -> None:
+    file = tmp_path / "evil.pt"
+    file.write_bytes(pack(named("posix", "system", "echo")))
+    found = scan(file, tmp_path / "store", arch="small_resnet")
+    assert found.judgement.verdict is Verdict.SUSPECT
+    assert "posix.system" in found.judgement.reasons[0]
+    assert not found.outcomes
+    assert found.not_tested
+
+
+def test_weights_that_are_no_numbers_are_a_finding(tmp_path: Path) -> None:
+    state = build_encoder("small_resnet", seed=0, image_size=16).backbone.state_dict()
+    state["stem.0.weight"][0] = float("nan")
+    (tmp_path / "nan.pt").write_bytes(saved(state))
+    found = scan(tmp_path / "nan.pt", tmp_path / "s", arch="small_resnet", options={"image_size": 16})
+    assert found.judgement.verdict is Verdict.SUSPECT
+    assert "1 of 54 tensors hold NaN or Inf" in found.judgement.reasons[0]
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(encoders: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(InputRefused, match="neither safetensors nor a checkpoint"):
+        scan(tmp_path / "a.pt", tmp_path / "s", arch="small_resnet")
+    with pytest.raises(InputRefused, match="the defense needs 65; give more"):
+        scan(encoders[0], tmp_path / "s", detectors=[{**DETECTOR, "images": 65}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.0}, "--alpha is 0; give a share"),
+        ({"alpha": float("nan")}, "--alpha is nan; give a share"),
+        ({"drill": 1}, "--drill is 1, with 0 clean encoders"),
+        ({"detectors": [{"name": "decre"}]}, 'unknown defense "decre"; did you mean "decree"'),
+        ({"detectors": [{"name": "clp"}]}, "--detector clp: it does not inspect encoders; those that do: decree"),
+        ({"detectors": [{"name": "decree", "epochs": 0}]}, "--detector.epochs: .* greater than or equal to 1"),
+        ({"options": {"mean": (0, 0, 0)}}, "mean: only for an encoder that others have trained; give --arch too"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    options: dict[str, Any], message: str, encoders: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        scan(encoders[0], tmp_path, **options)
+
+
+def test_a_clean_encoder_of_another_family_is_refused(encoders: list[Path], tmp_path: Path) -> None:
+    other = {"name": "small_resnet", "width": 8}
+    save_encoder(tmp_path / "other.safetensors", build_encoder(other, seed=0, image_size=16), other, 16)
+    with pytest.raises(ConfigError, match=r"--clean other.safetensors: is of another family than 00.safetensors"):
+        scan(encoders[0], tmp_path / "s", [tmp_path / "other.safetensors"])
+
+
+def command(encoders: list[Path], tmp_path: Path, *more: str) -> list[str]:
+    file = tmp_path / "<b>suspect.safetensors"
+    shutil.copyfile(encoders[0], file)
+    detector = "{name: decree, images: 64, batch_size: 32, epochs: 2, similarity: 0.5}"
+    places = ["--store", str(tmp_path / "store"), "--detector", detector, "--data", DATA, "--quiet"]
+    return ["scan", "encoder", str(file), *places, *more]
+
+
+def test_the_command_writes_page_sarif_and_json_and_leaves_with_the_verdict(
+    encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, sarif = tmp_path / "scan.html", tmp_path / "scan.sarif"
+    given = command(encoders, tmp_path, "--page", str(page), "--sarif", str(sarif))
+    assert main([*given, "--json", "--clean", str(encoders[1])]) == 8
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["power"]) == ("inconclusive", None)
+    assert found["detectors"][0]["p_value"] in (0.5, 1.0)
+    text = page.read_text()
+    assert "Inconclusive" in text
+    assert "&lt;b&gt;suspect" in text
+    assert "<b>suspect" not in text
+    assert "<script" not in text
+    assert text.count("<svg") == 2
+    result = json.loads(sarif.read_text())
+    assert result["version"] == "2.1.0"
+    (run,) = result["runs"]
+    (entry,) = run["results"]
+    assert (entry["ruleId"], entry["level"]) == ("encoder-inconclusive", "note")
+    assert run["tool"]["driver"]["rules"][entry["ruleIndex"]]["id"] == entry["ruleId"]
+    assert run["artifacts"][0]["hashes"]["sha-256"] == sha256_file(encoders[0])
+    assert entry["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "%3Cb%3Esuspect.safetensors"
+
+
+def test_the_command_finds_clean_encoders_in_a_folder_and_ends_with_0_or_1(
+    encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "clean" / "deep"
+    folder.mkdir(parents=True)
+    for file in encoders[1:]:
+        shutil.copyfile(file, folder / file.name)
+    code = main(command(encoders, tmp_path, "--clean-dir", str(folder.parent)))
+    shown = capsys.readouterr().out
+    assert code == {"clean": 0, "suspect": 1}[shown.split(": ")[1].split(",")[0]]
+    assert "of 20 clean encoders" in shown
+    assert "not tested: " in shown
+
+
+def test_the_call_is_public() -> None:
+    assert blto.scan.__module__ == "blto.audit.scan"
