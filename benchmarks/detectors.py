@@ -24,6 +24,7 @@ CLEAN = "clean"
 DETECTORS: Mapping[str, Mapping[str, Any]] = {
     "DECREE": {"name": "decree"},
     "DECREE, 3 starts": {"name": "decree", "starts": 3},
+    "strongest channel": {"name": "channel_outlier"},
 }
 IMAGES_SEED = 0
 

@@ -134,7 +134,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(encoders: list[Path], tmp_path:
         ({"alpha": float("nan")}, "--alpha is nan; give a share"),
         ({"drill": 1}, "--drill is 1, with 0 clean encoders"),
         ({"detectors": [{"name": "decre"}]}, 'unknown defense "decre"; did you mean "decree"'),
-        ({"detectors": [{"name": "clp"}]}, "--detector clp: it does not inspect encoders; those that do: decree"),
+        ({"detectors": [{"name": "clp"}]}, "--detector clp: it does not inspect encoders; those that do: channel_outlier, decree"),
         ({"detectors": [{"name": "decree", "epochs": 0}]}, "--detector.epochs: .* greater than or equal to 1"),
         ({"options": {"mean": (0, 0, 0)}}, "mean: only for an encoder that others have trained; give --arch too"),
     ],

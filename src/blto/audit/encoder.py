@@ -20,7 +20,7 @@ from blto.files.foreign.pickles import CodeFoundError
 from blto.records import RunStore
 from blto.runtime.progress import SILENT, Progress
 
-DEFAULT: tuple[dict[str, Any], ...] = ({"name": "decree", "starts": 3},)
+DEFAULT: tuple[dict[str, Any], ...] = ({"name": "decree", "starts": 3}, {"name": "channel_outlier"})
 """The detectors of a scan that names none."""
 NOT_TESTED = (
     "Triggers that change the whole image by little (CTRL, BLTO): no detector here is known to see them.",

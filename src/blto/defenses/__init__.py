@@ -13,8 +13,11 @@ DEFENSES: Registry[Defense] = Registry(
     "defense",
     {
         "activation_clustering": "blto.defenses.activation_clustering:ActivationClustering",
+        "channel_outlier": "blto.defenses.channel_outlier:ChannelOutlier",
         "clp": "blto.defenses.clp:CLP",
         "decree": "blto.defenses.decree:DECREE",
+        "frequency_screening": "blto.defenses.frequency_screening:FrequencyScreening",
+        "input_consistency": "blto.defenses.input_consistency:InputConsistency",
         "local_density": "blto.defenses.local_density:LocalDensity",
         "spectral": "blto.defenses.spectral:SpectralSignatures",
     },

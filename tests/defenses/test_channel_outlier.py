@@ -1,0 +1,72 @@
+"""The strongest channel: its arithmetic, a planted one, and that it needs nothing but the encoder."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from blto.defenses import DEFENSES
+from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder
+from blto.defenses.channel_outlier import ChannelOutlier
+from blto.errors import InputRefused
+from blto.models.encoder import Encoder, build_encoder
+
+WIDTH = 32
+LIMIT = (WIDTH - 1) / WIDTH**0.5
+
+
+def encoder(seed: int = 0) -> Encoder:
+    return build_encoder({"name": "small_resnet", "width": WIDTH}, seed=seed, image_size=16)
+
+
+def inspect(suspect: Encoder) -> Inspection:
+    return inspect_encoder(ChannelOutlier(), suspect, None, Conditions())
+
+
+def test_the_score_is_the_furthest_channel_of_all_layers() -> None:
+    found = inspect(encoder())
+    assert set(found.measures) >= {"stem.1", "stages.0.bn1", "stages.0.bn2"}
+    assert found.score == max(found.measures.values())
+    assert found.flagged is None
+    stem = encoder().backbone.stem  # type: ignore[union-attr]  # ours
+    weight, norm = stem[0].weight, stem[1]  # type: ignore[index]
+    bounds = torch.linalg.svdvals(weight.flatten(2).double())[:, 0] * norm.weight.abs()
+    bounds = (bounds / (norm.running_var + norm.eps).sqrt()).detach()
+    assert found.measures["stem.1"] == pytest.approx(float((bounds.max() - bounds.mean()) / bounds.std()), rel=1e-6)
+
+
+def test_a_planted_channel_stands_out_and_in_its_layer_alone() -> None:
+    clean, planted = encoder(), encoder()
+    with torch.no_grad():
+        planted.backbone.get_submodule("stages.0.bn2").weight[5] *= 50  # type: ignore[operator]
+    before, after = inspect(clean), inspect(planted)
+    assert after.measures["stages.0.bn2"] > 0.9 * LIMIT
+    assert after.score > before.score + 1
+    others = before.measures.keys() - {"stages.0.bn2"}
+    assert all(after.measures[name] == before.measures[name] for name in others)
+
+
+def test_equal_channels_do_not_stand_out() -> None:
+    flat = encoder()
+    with torch.no_grad():
+        for parameter in flat.parameters():
+            parameter.fill_(0.5)
+    assert inspect(flat).score == pytest.approx(0, abs=1e-6)
+
+
+def test_the_encoder_is_left_as_it_was_and_no_image_is_needed() -> None:
+    suspect = encoder()
+    state = copy.deepcopy(suspect.state_dict())
+    assert inspect(suspect).measures == inspect(suspect).measures
+    assert all(torch.equal(value, suspect.state_dict()[name]) for name, value in state.items())
+    assert ChannelOutlier().images == 0
+    detector = DEFENSES.build("channel_outlier")
+    assert isinstance(detector, EncoderDetector)
+
+
+def test_a_backbone_without_batch_norm_is_refused() -> None:
+    bare = Encoder(torch.nn.Conv2d(3, 4, 3), image_size=16)
+    with pytest.raises(InputRefused, match="no 2-D batch norm"):
+        inspect(bare)
