@@ -19,6 +19,7 @@ DEFENSES: Registry[Defense] = Registry(
         "frequency_screening": "blto.defenses.frequency_screening:FrequencyScreening",
         "input_consistency": "blto.defenses.input_consistency:InputConsistency",
         "local_density": "blto.defenses.local_density:LocalDensity",
+        "patch_search": "blto.defenses.patch_search:PatchSearch",
         "spectral": "blto.defenses.spectral:SpectralSignatures",
     },
 )
