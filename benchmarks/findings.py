@@ -239,6 +239,8 @@ def path_of(record: RunRecord, probe: str) -> ExposurePath | None:
     label = NAMES.get(attack["name"], attack["name"])
     if attack["name"] == "ctrl":  # whose strength decides what it is
         label += f" {attack['magnitude']:g}/{attack['test_magnitude']:g}"
+    if attack.get("patch_size"):  # and that of a patch
+        label += f", {attack['patch_size']} pixels"
     return ExposurePath(
         label if method == "simclr" else f"{label}, {METHODS.card(method).title}",
         [poisons * entry["epoch"] for entry in entries],

@@ -24,6 +24,7 @@ from blto.analysis import (
     metric_bars,
     residual_grid,
     residual_table,
+    score_strip,
     similarity_trajectory,
     svg_text,
 )
@@ -60,6 +61,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "crafting": lambda: crafting_curve(T, [0, 0.5, 0.1], [0, 0, 0], [0.2, 0.6, 0.2], restarts=[10]),
     "bars": bars,
     "residual": lambda: residual_grid(pictures(), pictures(1)),
+    "scores": lambda: score_strip(0.9, [0.1, 0.2, 0.2], [0.8]),
     "embedding": lambda: embedding_map(np.arange(10).reshape(5, 2), GROUPS, ["truck", "cat", "triggered"]),
 }
 
@@ -92,6 +94,16 @@ def test_every_axis_says_what_it_shows(name: str) -> None:
     lowest = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"][-1]
     assert lowest.get_xlabel()
     assert all(axes.get_ylabel() or axes.get_title(loc="left") or axes.get_yticklabels() for axes in figure.axes)
+
+
+def test_the_strip_shows_every_score_and_the_suspect_through_all_rows() -> None:
+    figure = FIGURES["scores"]()
+    lines = {str(line.get_label()): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
+    assert lines == {"clean (3)": [0.1, 0.2, 0.2], "planted (1)": [0.8], "the suspect": [0.9, 0.9]}
+    assert len(score_strip(0.9, [0.1]).axes[0].get_lines()) == 2, "a row without a dot is left out"
+    for wrong in ([], [float("nan")]):
+        with pytest.raises(ConfigError):
+            score_strip(0.9, wrong)
 
 
 def test_drawing_leaves_the_callers_settings_alone() -> None:

@@ -81,6 +81,17 @@ def test_without_clean_encoders_or_with_few_it_is_inconclusive(encoders: list[Pa
         assert scan(encoders[0], tmp_path, clean).judgement.verdict is Verdict.INCONCLUSIVE
 
 
+def test_an_encoder_given_twice_counts_once_and_the_suspect_itself_not_at_all(
+    encoders: list[Path], tmp_path: Path
+) -> None:
+    again = tmp_path / "again.safetensors"
+    shutil.copyfile(encoders[1], again)
+    found = scan(encoders[0], tmp_path / "s", [encoders[1], encoders[1], again, encoders[0], encoders[2]])
+    assert len(found.outcomes[0].clean) == 2
+    with pytest.raises(ConfigError, match="--drill is 2, with 1 clean encoders"):
+        scan(encoders[0], tmp_path / "s", [encoders[1], again], drill=2)
+
+
 def test_a_drill_tampers_with_copies_of_clean_encoders(
     encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +145,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(encoders: list[Path], tmp_path:
         ({"alpha": float("nan")}, "--alpha is nan; give a share"),
         ({"drill": 1}, "--drill is 1, with 0 clean encoders"),
         ({"detectors": [{"name": "decre"}]}, 'unknown defense "decre"; did you mean "decree"'),
-        ({"detectors": [{"name": "clp"}]}, "--detector clp: it does not inspect encoders; those that do: channel_outlier, decree"),
+        (
+            {"detectors": [{"name": "clp"}]},
+            "--detector clp: it does not inspect encoders; those that do: channel_outlier, decree",
+        ),
         ({"detectors": [{"name": "decree", "epochs": 0}]}, "--detector.epochs: .* greater than or equal to 1"),
         ({"options": {"mean": (0, 0, 0)}}, "mean: only for an encoder that others have trained; give --arch too"),
     ],

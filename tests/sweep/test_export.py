@@ -25,7 +25,7 @@ from tests.tiny_experiment import TINY_EXPERIMENT
 TWIN = "pretrain-0123456789abcdef"
 
 
-def finish(cell: Cell, store: Path, sweep: str) -> None:
+def finish(cell: Cell, store: Path, sweep: str, victim: str = "pretrain-fedcba9876543210") -> None:
     """What a finished cell leaves, its clean twin included."""
     run_id = cell.spec.run_id
     folder, twin = store / run_id, store / "stages" / TWIN
@@ -34,7 +34,7 @@ def finish(cell: Cell, store: Path, sweep: str) -> None:
         save_encoder(target, encoder, TINY_BACKBONE, 16)
     write_text(folder / "log.jsonl", "{}\n")
     artefacts = {name: sha256_file(folder / name) for name in ("encoder.safetensors", "log.jsonl")}
-    stages = {"clean_twin": TWIN}
+    stages = {"clean_twin": TWIN, "victim": victim}
     spec = cell.spec.model_dump(mode="json")
     record = RunRecord(
         run_id=run_id, spec=spec, metrics={}, took=False, provenance={"stages": stages}, artefacts=artefacts
@@ -73,6 +73,18 @@ def test_an_export_copies_what_is_new_or_has_changed(file: Path, tmp_path: Path)
     assert copied == {f"{cells[2].id}/{name}" for name in each} | {f"{cells[0].id}/log.jsonl"}
     assert len(second.unchanged) == len(names) - 1
     assert read_json(out / cells[2].id / "result.json")["run_id"] == cells[2].spec.run_id
+
+
+def test_the_encoder_of_a_clean_run_is_not_exported_twice(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(dump_yaml({"base": {**TINY_EXPERIMENT, "attack": "clean"}}))
+    (cell,) = read_sweep(file).cells
+    finish(cell, tmp_path / "store", "mine", victim=TWIN)
+    exported = blto.sweep(file, store=tmp_path / "store", device="cpu", export=tmp_path / "out").exported
+    assert exported is not None
+    assert not exported.left_out
+    assert not (tmp_path / "out" / "clean_twins").exists()
+    assert (tmp_path / "out" / cell.id / "encoder.safetensors").exists()
 
 
 def test_an_exported_encoder_is_fp16_on_disk_and_fp32_in_memory(file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from blto.audit.looking import Looking
-from blto.audit.reading import read_of_family, read_suspect
+from blto.audit.reading import read_clean, read_suspect
 from blto.audit.verdict import Judgement, Outcome, Verdict, judge
 from blto.data.images import ImageSet
 from blto.defenses import DEFENSES
@@ -79,8 +79,9 @@ def scan_encoder(
         path: the suspect's file.
         images: clean images of the kind that the encoder was made for, on which it was not trained.
         arch, options: of a file that blto did not write; see `models.foreign.import_encoder`.
-        clean: encoders of the same family that are known to be clean: another seed of the same recipe. Without any, or
-            with too few, the verdict is "inconclusive".
+        clean: encoders of the same family that are known to be clean: another seed of the same recipe. One that is
+            given twice counts once, and the suspect itself not at all. Without any, or with too few, the verdict is
+            "inconclusive".
         detectors: entries of DEFENSES that inspect encoders, with their options.
         drill: how many of the clean encoders blto tampers with (BadEncoder) and scans as well, to measure the power.
         alpha: the share of clean encoders that may be called suspect.
@@ -95,8 +96,6 @@ def scan_encoder(
     """
     if not 0 < alpha < 1:
         raise ConfigError(f"--alpha is {alpha:g}; give a share between 0 and 1.")
-    if not 0 <= drill <= len(clean):
-        raise ConfigError(f"--drill is {drill}, with {len(clean)} clean encoders; give 0 to that many.")
     built = [_detector(spec) for spec in detectors]
     started = time.monotonic()
     shown_images = f"{len(images)} images of {images.name}"
@@ -119,7 +118,9 @@ def scan_encoder(
             alpha=alpha,
             seconds=time.monotonic() - started,
         )
-    known = [read_of_family(each, suspect, arch, options or {}) for each in clean]
+    known = read_clean(clean, suspect, arch, options or {})
+    if drill > len(known):
+        raise ConfigError(f"--drill is {drill}, with {len(known)} clean encoders; give 0 to that many.")
     looking = Looking(images, store, Conditions(seed, device, progress))
     planted = [looking.plant(each) for each in known[:drill]]
     outcomes, inspections = [], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,17 @@ def read_suspect(path: Path, arch: str | None, options: Mapping[str, Any]) -> Su
     if found.layers:
         notes.append(f"A legacy pickle, read in a process of its own behind: {', '.join(found.layers)}.")
     return Suspect(found.encoder.eval(), show(path.name), found.sha256, found.format, tuple(notes))
+
+
+def read_clean(paths: Sequence[Path], suspect: Suspect, arch: str | None, options: Mapping[str, Any]) -> list[Suspect]:
+    """The clean encoders, each file's content once and without the suspect's own.
+
+    Raises:
+        ConfigError: one is of another family.
+        InputRefused: one is refused.
+    """
+    read = (read_of_family(path, suspect, arch, options) for path in paths)
+    return list({each.sha256: each for each in read if each.sha256 != suspect.sha256}.values())
 
 
 def read_of_family(path: Path, suspect: Suspect, arch: str | None, options: Mapping[str, Any]) -> Suspect:

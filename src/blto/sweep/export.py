@@ -92,7 +92,8 @@ def _artefacts(store: RunStore, record: RunRecord) -> Iterator[tuple[Path, str]]
     for name in (LOG, ENCODER):
         yield folder / name, name
     stages = record.provenance.get("stages", {})
-    if twin := stages.get("clean_twin"):
+    twin = stages.get("clean_twin")
+    if twin and twin != stages.get("victim"):  # of a clean run they are one
         yield safe_join(store.root / "stages", twin) / ENCODER, f"clean_twins/{twin}.safetensors"
 
 
