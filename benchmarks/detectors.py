@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blto.evaluation.detection import auroc, expected_average_precision, tpr_at_lowest_fpr
-from blto.files import append_jsonl, read_jsonl, sha256_file
+from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
 from blto.records import Metric, RunStore
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,13 +56,14 @@ def measure(results: Path, data_root: Path | None) -> None:
 
     images = load("cifar10", data_root=data_root, split="test").without_labels()
     file = results / FILE
-    done = {(row["detector"], row["encoder_sha256"]) for row in (read_jsonl(file) if file.exists() else [])}
+    rows = read_jsonl(file) if file.exists() else []
+    done = {(canonical_json(row["spec"]), row["encoder_sha256"]) for row in rows}
     for name, spec in DETECTORS.items():
         detector = DEFENSES.build(spec)
         assert isinstance(detector, EncoderDetector)
         for banked in bank(results):
             digest = sha256_file(banked.file)
-            if (name, digest) in done:
+            if (canonical_json(DEFENSES.resolve(spec)), digest) in done:
                 continue
             conditions = Conditions(IMAGES_SEED, progress=Progress(quiet=True))
             found = inspect_encoder(detector, load_encoder(banked.file), images, conditions)
@@ -83,6 +84,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             [row["score"] for row in of_detector if row["group"] == CLEAN and row["seed"] % 2 == odd] for odd in (0, 1)
         )
         seconds = sum(row["seconds"] for row in of_detector) / len(of_detector)
+        if not chosen or not judged:
+            continue  # not measured yet
         for group in dict.fromkeys(row["group"] for row in of_detector if row["group"] != CLEAN):
             scores = [row["score"] for row in of_detector if row["group"] == group]
             alarms, hits = tpr_at_lowest_fpr(scores, chosen, judged)

@@ -85,8 +85,10 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: unknown name, unknown key, wrong type or out of range; the message names the key under `where`.
         """
-        given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
         where = where or self.kind
+        if not isinstance(spec, str | Mapping):
+            raise ConfigError(f"{where}: {spec!r:.60} is neither a {self.kind}'s name nor a mapping with a name.")
+        given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
         name = given.pop("name", None)
         if not isinstance(name, str):
             raise ConfigError(f"{where}: needs a name; {nearest(str(name), self._entries)}.")

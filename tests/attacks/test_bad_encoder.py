@@ -155,6 +155,13 @@ def test_a_square_that_leaves_the_image_or_too_few_images_are_refused(options: d
         BadEncoder(target_class=1, **{"batch_size": 16, **options}).check_images(IMAGES)
 
 
+def test_the_attacker_s_own_images_are_what_it_must_have_enough_of(tmp_path: Path) -> None:
+    attack = {"name": "bad_encoder", "target_class": 1, "epochs": 1, "batch_size": 100}
+    given = {**TINY_EXPERIMENT, "attack": attack, "attacker_share": 0.5}
+    with pytest.raises(ConfigError, match=r"attack.batch_size 100, but the attacker has 60 images"):
+        experiment.run(ExperimentSpec.parse(given), Environment(RunStore(tmp_path), device="cpu"))
+
+
 def test_an_experiment_tampers_with_the_clean_twin_and_poisons_nothing(tmp_path: Path) -> None:
     attack = {"name": "bad_encoder", "target_class": 1, "epochs": 2, "batch_size": 16}
     spec = ExperimentSpec.parse({**TINY_EXPERIMENT, "attack": attack})

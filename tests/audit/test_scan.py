@@ -11,12 +11,15 @@ import pytest
 import torch
 
 import blto
+from blto.audit import encoder as encoder_module
 from blto.audit import looking
-from blto.audit.encoder import EncoderScan, scan_encoder
+from blto.audit.encoder import EncoderScan, scan_encoder, usual_detectors
+from blto.audit.reading import suspect_of
 from blto.audit.scan import as_plain
 from blto.audit.verdict import Verdict
 from blto.cli import main
 from blto.defenses.base import Conditions
+from blto.defenses.decree import DECREE
 from blto.errors import ConfigError, InputRefused
 from blto.files import sha256_file
 from blto.models.checkpoints import load_encoder, save_encoder
@@ -103,11 +106,49 @@ def test_a_drill_tampers_with_copies_of_clean_encoders(
     assert found.judgement.power[3] == 2
     assert encoders[1].read_bytes() == before
     looker = looking.Looking(IMAGES, RunStore(tmp_path), Conditions())
-    suspect = looking.Suspect(load_encoder(encoders[1]), "a", sha256_file(encoders[1]), "blto")
-    planted = looker.plant(suspect)
+    suspect = suspect_of(load_encoder(encoders[1]), "a", sha256_file(encoders[1]), "blto")
+    planted, cosine = looker.plant(suspect)
+    assert 0 < cosine <= 1
     weights = [each.encoder.state_dict()["backbone.stem.0.weight"] for each in (suspect, planted)]
     assert not torch.equal(*weights)
-    assert planted.sha256 != suspect.sha256
+    assert planted.identity != suspect.identity
+    monkeypatch.setattr(encoder_module, "BOUND", 1.1)
+    found = scan(encoders[0], tmp_path, encoders[1:4], drill=2)
+    assert found.judgement.power is None
+    assert "2 of the drill's 2 backdoors did not bind" in found.notes[0]
+
+
+def test_what_is_kept_belongs_to_the_weights_and_not_to_the_file(tmp_path: Path) -> None:
+    nets = [build_encoder("small_resnet", seed=seed, image_size=16).backbone.state_dict() for seed in (0, 1)]
+    both = {f"{name}.{key}": value for name, net in zip("ab", nets, strict=True) for key, value in net.items()}
+    (tmp_path / "both.pt").write_bytes(saved(both))
+
+    def score(store: str, **options: Any) -> float:
+        given = {"image_size": 16, **options}
+        found = scan(tmp_path / "both.pt", tmp_path / store, arch="small_resnet", options=given)
+        return found.outcomes[0].score
+
+    first, second = (score("one", key_prefix=f"{name}.") for name in "ab")
+    assert (first, second) == (score("other", key_prefix="a."), score("another", key_prefix="b."))
+    assert first != second
+    assert score("one", key_prefix="a.", mean=(0.0, 0.0, 0.0)) == score("new", key_prefix="a.", mean=(0.0, 0.0, 0.0))
+
+
+def test_a_detector_that_cannot_inspect_such_a_net_is_left_out_and_said(
+    encoders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DECREE, "reason_against", lambda self, encoder: "it has no eyes")
+    found = scan(encoders[0], tmp_path, detectors=[DETECTOR, {"name": "channel_outlier"}])
+    assert [outcome.detector for outcome in found.outcomes] == ["channel_outlier"]
+    assert found.not_tested[0] == "DECREE: it has no eyes."
+    with pytest.raises(ConfigError, match=r"none of them can inspect 00.safetensors; DECREE: it has no eyes"):
+        scan(encoders[0], tmp_path)
+
+
+def test_decree_gets_its_authors_settings_for_the_size_of_the_images() -> None:
+    small, large = (usual_detectors(size)[0] for size in (32, 224))
+    assert small == {"name": "decree", "starts": 3}
+    assert large == {"name": "decree", "starts": 3, "least_lambda": 1e-7, "patience": 35}
 
 
 @pytest.mark.parametrize("pack", [in_zip, in_legacy], ids=["zip", "legacy"])
@@ -130,6 +171,22 @@ def test_weights_that_are_no_numbers_are_a_finding(tmp_path: Path) -> None:
     assert "1 of 54 tensors hold NaN or Inf" in found.judgement.reasons[0]
 
 
+def test_so_are_those_of_an_encoder_of_blto_s_own_and_features_that_are_none(
+    encoders: list[Path], tmp_path: Path
+) -> None:
+    for name, value in (("nan", float("nan")), ("huge", 6e4)):
+        encoder = load_encoder(encoders[0])
+        with torch.no_grad():
+            for norm in encoder.modules():
+                if isinstance(norm, torch.nn.BatchNorm2d):
+                    norm.weight.fill_(value)
+                    norm.running_var.fill_(1e-6)  # type: ignore[union-attr]  # ours track it
+        save_encoder(tmp_path / f"{name}.safetensors", encoder, TINY_BACKBONE, 16)
+        found = scan(tmp_path / f"{name}.safetensors", tmp_path / "s", encoders[1:])
+        assert found.judgement.verdict is Verdict.SUSPECT, name
+        assert "NaN or Inf" in found.judgement.reasons[0]
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(encoders: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"no checkpoint")
     with pytest.raises(InputRefused, match="neither safetensors nor a checkpoint"):
@@ -144,6 +201,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(encoders: list[Path], tmp_path:
         ({"alpha": 0.0}, "--alpha is 0; give a share"),
         ({"alpha": float("nan")}, "--alpha is nan; give a share"),
         ({"drill": 1}, "--drill is 1, with 0 clean encoders"),
+        ({"drill": -1}, "--drill is -1; give 0 or more"),
+        ({"detectors": [5]}, "--detector: 5 is neither a defense's name nor a mapping"),
         ({"detectors": [{"name": "decre"}]}, 'unknown defense "decre"; did you mean "decree"'),
         (
             {"detectors": [{"name": "clp"}]},
@@ -212,6 +271,23 @@ def test_the_command_finds_clean_encoders_in_a_folder_and_ends_with_0_or_1(
     assert code == {"clean": 0, "suspect": 1}[shown.split(": ")[1].split(",")[0]]
     assert "of 20 clean encoders" in shown
     assert "not tested: " in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--clean-dir", "nowhere"], "--clean-dir nowhere: there is no *.safetensors in it"),
+        (["--data", "5"], "5 is neither a dataset's name nor a mapping with a name"),
+        (["--detector", "[1, 2]"], "[1, 2] is neither a defense's name nor a mapping with a name"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_use_in_one_line(
+    more: list[str], message: str, encoders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(encoders, tmp_path, *more)) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert "\n" not in said
 
 
 def test_the_call_is_public() -> None:

@@ -77,7 +77,7 @@ def test_an_export_copies_what_is_new_or_has_changed(file: Path, tmp_path: Path)
 
 def test_the_encoder_of_a_clean_run_is_not_exported_twice(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(dump_yaml({"base": {**TINY_EXPERIMENT, "attack": "clean"}}))
+    file.write_text(dump_yaml({"base": {**TINY_EXPERIMENT, "attack": "clean"}, "seeds": [0]}))
     (cell,) = read_sweep(file).cells
     finish(cell, tmp_path / "store", "mine", victim=TWIN)
     exported = blto.sweep(file, store=tmp_path / "store", device="cpu", export=tmp_path / "out").exported

@@ -18,6 +18,7 @@ from blto.data.images import ImageSet
 from blto.data.views import RECIPES, Views
 from blto.errors import ConfigError
 from blto.evaluation.features import extract
+from blto.models.checkpoints import weights_sha256
 from blto.models.encoder import Encoder
 from blto.poisoning import PatchTrigger, Trigger, apply_to_uint8
 from blto.pretraining.fine_tuning import Tuning, fine_tune
@@ -154,7 +155,13 @@ class BadEncoder(EncoderTampering):
             encoder,
             losses,
             tuning,
-            identity={**options, "images": images.content_hash, "trigger": trigger.identity, "run": seed},
+            identity={
+                **options,
+                "encoder": weights_sha256(clean),
+                "images": images.content_hash,
+                "trigger": trigger.identity,
+                "run": seed,
+            },
             device=surroundings.device,
             folder=surroundings.folder,
             resume=surroundings.resume,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from blto.audit.looking import Looking
-from blto.audit.reading import read_clean, read_suspect
+from blto.audit.reading import read_clean, read_suspect, require_features
 from blto.audit.verdict import Judgement, Outcome, Verdict, judge
 from blto.data.images import ImageSet
 from blto.defenses import DEFENSES
@@ -20,8 +20,10 @@ from blto.files.foreign.pickles import CodeFoundError
 from blto.records import RunStore
 from blto.runtime.progress import SILENT, Progress
 
-DEFAULT: tuple[dict[str, Any], ...] = ({"name": "decree", "starts": 3}, {"name": "channel_outlier"})
-"""The detectors of a scan that names none."""
+LARGE = 128
+"""Pixels a side from which on DECREE gets its authors' settings for 224 pixels."""
+BOUND = 0.9
+"""Cosine to the reference from which on a drill's backdoor counts as one."""
 NOT_TESTED = (
     "Triggers that change the whole image by little (CTRL, BLTO): no detector here is known to see them.",
     "Backdoors that answer to something else than images, or to several triggers together.",
@@ -65,7 +67,7 @@ def scan_encoder(
     arch: str | None = None,
     options: Mapping[str, Any] | None = None,
     clean: Sequence[Path] = (),
-    detectors: Sequence[Mapping[str, Any]] = DEFAULT,
+    detectors: Sequence[Mapping[str, Any]] | None = None,
     drill: int = 0,
     alpha: float = 0.05,
     seed: int = 0,
@@ -82,7 +84,8 @@ def scan_encoder(
         clean: encoders of the same family that are known to be clean: another seed of the same recipe. One that is
             given twice counts once, and the suspect itself not at all. Without any, or with too few, the verdict is
             "inconclusive".
-        detectors: entries of DEFENSES that inspect encoders, with their options.
+        detectors: entries of DEFENSES that inspect encoders, with their options; None is `usual_detectors`. One that
+            cannot inspect such an encoder is left out, which the result says.
         drill: how many of the clean encoders blto tampers with (BadEncoder) and scans as well, to measure the power.
         alpha: the share of clean encoders that may be called suspect.
         seed: of all that is drawn.
@@ -96,11 +99,14 @@ def scan_encoder(
     """
     if not 0 < alpha < 1:
         raise ConfigError(f"--alpha is {alpha:g}; give a share between 0 and 1.")
-    built = [_detector(spec) for spec in detectors]
+    if drill < 0:
+        raise ConfigError(f"--drill is {drill}; give 0 or more.")
+    built = [_detector(spec) for spec in (usual_detectors(images.image_size) if detectors is None else detectors)]
     started = time.monotonic()
     shown_images = f"{len(images)} images of {images.name}"
     try:
         suspect = read_suspect(path, arch, options or {})
+        require_features(suspect, images)
     except InputRefused as error:
         if error.code != "CKPT-NAN" and not isinstance(error.__cause__, CodeFoundError):
             raise
@@ -121,10 +127,23 @@ def scan_encoder(
     known = read_clean(clean, suspect, arch, options or {})
     if drill > len(known):
         raise ConfigError(f"--drill is {drill}, with {len(known)} clean encoders; give 0 to that many.")
+    reasons = [(spec, detector, detector.reason_against(suspect.encoder)) for spec, detector in built]
+    fitting = [(spec, detector) for spec, detector, reason in reasons if reason is None]
+    left_out = [f"{DEFENSES.card(spec['name']).title}: {reason}." for spec, _, reason in reasons if reason]
+    if not fitting:
+        raise ConfigError(f"--detector: none of them can inspect {suspect.name}; {' '.join(left_out)}")
     looking = Looking(images, store, Conditions(seed, device, progress))
-    planted = [looking.plant(each) for each in known[:drill]]
+    drilled = [looking.plant(each) for each in known[:drill]]
+    planted = [each for each, cosine in drilled if cosine >= BOUND]
+    notes = list(suspect.notes)
+    if len(known) < len(clean):
+        notes.append(f"{len(clean) - len(known)} of the clean files were the suspect itself or another of them again.")
+    if len(planted) < len(drilled):
+        notes.append(
+            f"{len(drilled) - len(planted)} of the drill's {len(drilled)} backdoors did not bind; they do not count."
+        )
     outcomes, inspections = [], []
-    for spec, detector in built:
+    for spec, detector in fitting:
         found = looking.inspect(spec, detector, suspect)
         inspections.append(found)
         outcomes.append(
@@ -143,16 +162,22 @@ def scan_encoder(
         file=suspect.name,
         sha256=suspect.sha256,
         format=suspect.format,
-        notes=suspect.notes,
+        notes=tuple(notes),
         judgement=judge(outcomes, alpha=alpha),
         outcomes=tuple(outcomes),
         inspections=tuple(inspections),
         images=shown_images,
         tested=tuple(f"{each.title}: {DEFENSES.card(each.detector).summary}." for each in outcomes),
-        not_tested=NOT_TESTED,
+        not_tested=(*left_out, *NOT_TESTED),
         alpha=alpha,
         seconds=time.monotonic() - started,
     )
+
+
+def usual_detectors(image_size: int) -> list[dict[str, Any]]:
+    """The detectors of a scan that names none, for images of so many pixels a side."""
+    large = {"least_lambda": 1e-7, "patience": 35} if image_size >= LARGE else {}
+    return [{"name": "decree", "starts": 3, **large}, {"name": "channel_outlier"}]
 
 
 def _detector(spec: Mapping[str, Any]) -> tuple[dict[str, Any], EncoderDetector]:

@@ -12,7 +12,7 @@ import torch
 
 from blto.attacks.bad_encoder import BadEncoder
 from blto.attacks.base import Surroundings
-from blto.audit.reading import Suspect
+from blto.audit.reading import Suspect, suspect_of
 from blto.data.images import ImageSet
 from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder
 from blto.files.safetensors import read_safetensors, write_safetensors
@@ -51,33 +51,36 @@ class Looking:
                 stage.commit({**facts, "seconds": found.seconds})
         return Inspection(**stage.facts, trigger=_read(stage))
 
-    def plant(self, clean: Suspect) -> Suspect:
-        """The encoder after BadEncoder, which takes a white square for one of the images, drawn from the seed."""
+    def plant(self, clean: Suspect) -> tuple[Suspect, float]:
+        """The encoder after BadEncoder, which takes a white square for one of the images, drawn from the seed; and the
+        mean cosine, at the end, of images with the square to that image: a backdoor that does not bind is no drill.
+        """
         stage = self._stage("drill", clean, steps=DRILL_STEPS, lr=DRILL_LR)
         encoder = deepcopy(clean.encoder)
         with stage.making() as needed:
             if needed:
                 self.conditions.progress.say(f"drill: tamper with {clean.name}")
-                self._tamper(encoder, clean)
+                cosine = self._tamper(encoder, clean)
                 _write(stage, encoder.cpu().state_dict())
-                stage.commit({})
+                stage.commit({"cosine": cosine})
         encoder.load_state_dict(_read(stage))
-        return Suspect(encoder.eval(), f"planted in {clean.name}", stage.path.name, "drill")
+        return suspect_of(encoder.eval(), f"planted in {clean.name}", stage.path.name, "drill"), stage.facts["cosine"]
 
-    def _tamper(self, encoder: Encoder, clean: Suspect) -> None:
+    def _tamper(self, encoder: Encoder, clean: Suspect) -> float:
         seed, images = self.conditions.seed, self.images
         batch = min(DRILL_BATCH, len(images))
         epochs = -(-DRILL_STEPS // (len(images) // batch))
         attack = BadEncoder(target_class=1, epochs=epochs, lr=DRILL_LR, batch_size=batch)
-        chosen = numpy_generator(seed, "defense", "drill", clean.sha256).integers(len(images))
+        chosen = numpy_generator(seed, "defense", "drill", clean.identity).integers(len(images))
         labels = (np.arange(len(images)) == chosen).astype(np.int64)
         labeled = ImageSet(images.images, labels, ("another", "the reference"), images.name)
         where = Surroundings(self.conditions.device, progress=self.conditions.progress)
         trigger = attack.train_trigger(labeled, seed=seed, surroundings=where).trigger
-        attack.tamper(encoder, trigger, labeled, seed=seed, surroundings=where)
+        tampered = attack.tamper(encoder, trigger, labeled, seed=seed, surroundings=where)
+        return -tampered.trajectory[-1]["backdoor"]
 
     def _stage(self, kind: str, suspect: Suspect, **more: Any) -> StageFolder:
-        inputs = {"encoder": suspect.sha256, "images": self.images.content_hash, "seed": self.conditions.seed}
+        inputs = {"encoder": suspect.identity, "images": self.images.content_hash, "seed": self.conditions.seed}
         return self.store.stage(kind, {**inputs, **more})
 
 

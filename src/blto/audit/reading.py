@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blto.errors import ConfigError, InputRefused
+from blto.data.images import ImageSet
+from blto.errors import ConfigError, Diverged, InputRefused
+from blto.evaluation import extract
 from blto.files import sha256_file, show
 from blto.files.safetensors import read_safetensors
-from blto.models import checkpoints
+from blto.models.checkpoints import load_encoder, weights_sha256
 from blto.models.encoder import Encoder
 from blto.models.foreign import import_encoder
 
@@ -24,6 +26,7 @@ class Suspect:
         name: of its file.
         sha256: of its bytes.
         format: "blto", or as in `models.foreign.Imported`.
+        identity: hash of what the encoder computes with, whatever file and place it came from.
         notes: where in the file it was found and what was left over, as sentences.
     """
 
@@ -31,7 +34,13 @@ class Suspect:
     name: str
     sha256: str
     format: str
+    identity: str
     notes: tuple[str, ...] = ()
+
+
+def suspect_of(encoder: Encoder, name: str, sha256: str, kind: str, notes: Sequence[str] = ()) -> Suspect:
+    """The suspect that an encoder in evaluation mode is."""
+    return Suspect(encoder, name, sha256, kind, weights_sha256(encoder), tuple(notes))
 
 
 def read_suspect(path: Path, arch: str | None, options: Mapping[str, Any]) -> Suspect:
@@ -44,7 +53,7 @@ def read_suspect(path: Path, arch: str | None, options: Mapping[str, Any]) -> Su
     if arch is None:
         if options:
             raise ConfigError(f"{', '.join(options)}: only for an encoder that others have trained; give --arch too.")
-        return Suspect(checkpoints.load_encoder(path), show(path.name), sha256_file(path), "blto")
+        return suspect_of(load_encoder(path), show(path.name), sha256_file(path), "blto")
     found = import_encoder(path, arch, **options)
     notes = [f"Its tensors were found at {found.place}."]
     if found.unexpected:
@@ -53,18 +62,30 @@ def read_suspect(path: Path, arch: str | None, options: Mapping[str, Any]) -> Su
         )
     if found.layers:
         notes.append(f"A legacy pickle, read in a process of its own behind: {', '.join(found.layers)}.")
-    return Suspect(found.encoder.eval(), show(path.name), found.sha256, found.format, tuple(notes))
+    return suspect_of(found.encoder.eval(), show(path.name), found.sha256, found.format, notes)
+
+
+def require_features(suspect: Suspect, images: ImageSet) -> None:
+    """Raises InputRefused, CKPT-NAN, where the features of images are no numbers, though the weights are."""
+    try:
+        extract(suspect.encoder, images.images[:64])
+    except Diverged as error:
+        raise InputRefused(
+            f"{suspect.name}: its features of {images.name} hold NaN or Inf, though its weights do not. "
+            "Ask its author for an encoder whose training did not diverge.",
+            code="CKPT-NAN",
+        ) from error
 
 
 def read_clean(paths: Sequence[Path], suspect: Suspect, arch: str | None, options: Mapping[str, Any]) -> list[Suspect]:
-    """The clean encoders, each file's content once and without the suspect's own.
+    """The clean encoders, each once and without the suspect itself.
 
     Raises:
         ConfigError: one is of another family.
         InputRefused: one is refused.
     """
     read = (read_of_family(path, suspect, arch, options) for path in paths)
-    return list({each.sha256: each for each in read if each.sha256 != suspect.sha256}.values())
+    return list({each.identity: each for each in read if each.identity != suspect.identity}.values())
 
 
 def read_of_family(path: Path, suspect: Suspect, arch: str | None, options: Mapping[str, Any]) -> Suspect:

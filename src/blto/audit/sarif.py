@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import quote
 
 from blto.audit.encoder import EncoderScan
 from blto.audit.verdict import Verdict
@@ -56,6 +57,4 @@ def as_sarif(scan: EncoderScan) -> dict[str, Any]:
 
 def _uri(name: str) -> str:
     """A file's name as a relative URI reference."""
-    from urllib.parse import quote
-
     return quote(name)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from blto import data as datasets
-from blto.audit.encoder import DEFAULT, EncoderScan, scan_encoder
+from blto.audit.encoder import EncoderScan, scan_encoder
 from blto.audit.page import render_page
 from blto.audit.sarif import as_sarif
 from blto.configuration import AnyPath, Options, environment
-from blto.files import write_json, write_text
+from blto.files import make_directory, write_json, write_text
 
 
 def scan(
@@ -38,7 +38,8 @@ def scan(
         arch: an entry of BACKBONES, "timm/..." or "torchvision/...".
         data: the images that detectors are shown: the test part of an entry of DATASETS, without labels.
         clean: files of encoders of the same family that are known to be clean. A p-value of 0.05 needs 19 of them.
-        detectors: names of entries of DEFENSES, or mappings with their options; None is `audit.encoder.DEFAULT`.
+        detectors: names of entries of DEFENSES, or mappings with their options; None is what
+            `audit.encoder.usual_detectors` says.
         drill, alpha, seed: as in `audit.encoder.scan_encoder`.
         page: an HTML page to write.
         sarif: a SARIF file to write.
@@ -51,7 +52,10 @@ def scan(
     where = environment(**options)
     images = datasets.load(data, data_root=where.data_root, split="test", progress=where.progress)
     size = {"image_size": images.image_size} if arch is not None else {}
-    named = [{"name": each} if isinstance(each, str) else each for each in detectors or DEFAULT]
+    named = None if detectors is None else [{"name": each} if isinstance(each, str) else each for each in detectors]
+    for each in (page, sarif):
+        if each is not None:
+            make_directory(Path(each).parent)  # a place that cannot be written shows before the scan
     found = scan_encoder(
         Path(encoder),
         images.without_labels(),

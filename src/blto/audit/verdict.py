@@ -2,12 +2,13 @@
 
 suspect       a detector's score lies so far above those of clean encoders that chance hardly explains it,
               or the file itself is a finding (it holds code, or weights that are no numbers)
-clean         nothing of the kind, from a scan that could have found it
-inconclusive  the scan could not have found it: too few clean encoders, or a drill that it failed
+clean         nothing of the kind, beside enough clean encoders; how much that says, only a drill can tell
+inconclusive  nothing could have been found: too few clean encoders, or a drill that the scan failed
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -123,7 +124,4 @@ def drilled(outcomes: Sequence[Outcome], alpha: float) -> tuple[float, float, fl
 
 def clean_encoders_needed(detectors: int, alpha: float) -> int:
     """The smallest number of clean encoders with which so many detectors together can reach `alpha`."""
-    count = 1
-    while detectors * smallest_p_value(count) > alpha:
-        count += 1
-    return count
+    return max(1, math.ceil(detectors / alpha - 1e-9) - 1)  # 1 / (1 + count) is the smallest p-value

@@ -10,6 +10,8 @@ import typer
 import blto
 from blto.cli import output
 from blto.cli.arguments import DataRoot, Device, DeviceOption, Json, Quiet, Store
+from blto.errors import ConfigError
+from blto.files import show
 from blto.files.yaml import parse_value
 
 app = typer.Typer(help="Is it backdoored, and how sure is that?", no_args_is_help=True, rich_markup_mode="rich")
@@ -67,11 +69,16 @@ def encoder(
 ) -> None:
     """Let detectors look at an encoder, beside clean ones of its family."""
     given = {"key_prefix": key_prefix, "mean": mean, "std": std}
+    in_folder = sorted(clean_dir.rglob("*.safetensors")) if clean_dir else []
+    if clean_dir and not in_folder:
+        raise ConfigError(
+            f"--clean-dir {show(clean_dir)}: there is no *.safetensors in it; give a folder that has some."
+        )
     found = blto.scan(
         file,
         arch,
         data=parse_value(data, "--data"),
-        clean=[*(clean or ()), *(sorted(clean_dir.rglob("*.safetensors")) if clean_dir else ())],
+        clean=[*(clean or ()), *in_folder],
         detectors=[parse_value(each, "--detector") for each in detector] if detector else None,
         drill=drill,
         alpha=alpha,

@@ -74,6 +74,10 @@ class Inspection:
 class EncoderDetector(Defense, ABC):
     """Says how suspicious an encoder is."""
 
+    def reason_against(self, encoder: Encoder) -> str | None:
+        """Why such an encoder cannot be inspected, as a clause; None where it can."""
+        return None
+
     @abstractmethod
     def inspect(self, encoder: Encoder, images: Images, conditions: Conditions) -> Inspection:
         """Look at one encoder, in evaluation mode; its weights, statistics and modes are left as they were.

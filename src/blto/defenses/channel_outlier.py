@@ -9,6 +9,7 @@ from torch import nn
 
 from blto.defenses.base import Conditions, EncoderDetector, Images, Inspection
 from blto.defenses.clp import channel_bounds, pair
+from blto.errors import InputRefused
 from blto.models.encoder import Encoder
 from blto.registry import Card
 
@@ -28,6 +29,14 @@ class ChannelOutlier(EncoderDetector):
         "how far the channel that reacts most strongly stands out of its layer",
         threat_model="the encoder alone",
     )
+
+    def reason_against(self, encoder: Encoder) -> str | None:
+        """It has no batch norm, or one that follows no convolution."""
+        try:
+            pair(encoder.backbone)
+        except InputRefused as error:
+            return str(error).partition(",")[0]
+        return None
 
     @torch.no_grad()
     def inspect(self, encoder: Encoder, images: Images, conditions: Conditions) -> Inspection:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from blto.attacks import ATTACKS
-from blto.attacks.base import Attack, check_target
+from blto.attacks.base import Attack, EncoderTampering, check_target
 from blto.attacks.bilevel_spec import surrogate_poison_rate
 from blto.data import load
 from blto.data.images import ImageSet, hold_out
@@ -79,7 +79,7 @@ def build_attack(spec: ExperimentSpec, data: Data) -> Attack:
     """The attack of a spec, checked against the data before anything is written."""
     attack = ATTACKS.build(spec.attack)
     check_target(data.train, attack.target_class)
-    attack.check_images(data.train)
+    attack.check_images(data.attacker if isinstance(attack, EncoderTampering) else data.train)
     epsilon = spec.attack.get("epsilon")
     if epsilon is not None and Budget(epsilon).levels == 0:
         raise ConfigError(

@@ -110,7 +110,8 @@ def tamper_stage(
             )
             save_encoder(stage.path / ENCODER, result.encoder.cpu(), recipe.backbone, size)
             stage.discard("checkpoint.safetensors")
-            facts = arithmetic(recipe, environment.device, size, cuda_graphs=False)
+            as_tuned = recipe.model_copy(update={"precision": "auto", "engine": "fast"})  # whatever the victim's is
+            facts = arithmetic(as_tuned, environment.device, size, cuda_graphs=False)
             seconds = time.monotonic() - started
             stage.commit({"trajectory": result.trajectory, "arithmetic": facts, "seconds": seconds})
     return stage

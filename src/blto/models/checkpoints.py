@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from blto.errors import BltoError, InputRefused
-from blto.files import show
+from blto.files import canonical_json, sha256_bytes, show
 from blto.files.safetensors import read_safetensors, write_safetensors
 from blto.models.encoder import Encoder, build_encoder
 
@@ -36,7 +36,7 @@ def load_encoder(path: Path) -> Encoder:
     """Rebuild an encoder that `save_encoder` wrote; in eval mode, weights widened to fp32.
 
     Raises:
-        InputRefused: CKPT-REFUSED, with the file and what is wrong with it.
+        InputRefused: CKPT-REFUSED, with the file and what is wrong with it; CKPT-NAN where a weight is no number.
     """
     arrays, metadata = read_safetensors(path)
     try:
@@ -49,7 +49,21 @@ def load_encoder(path: Path) -> Encoder:
             f"{show(path)}: not an encoder that blto wrote ({reason}). Give an encoder.safetensors of a run.",
             code="CKPT-REFUSED",
         ) from error
+    bad = [name for name, value in encoder.state_dict().items() if not torch.isfinite(value).all()]
+    if bad:
+        raise InputRefused(
+            f"{show(path)}: {len(bad)} of {len(arrays)} tensors hold NaN or Inf (first: {show(bad[0], 60)}). "
+            "Pretrain it again with a lower learning rate.",
+            code="CKPT-NAN",
+        )
     return encoder.eval()
+
+
+def weights_sha256(encoder: Encoder) -> str:
+    """Hash of what an encoder computes with: its kind of backbone, and every tensor's name, type, shape and values."""
+    state = {name: value.detach().cpu().contiguous().numpy() for name, value in encoder.state_dict().items()}
+    told = [(name, str(value.dtype), value.shape, sha256_bytes(value.tobytes())) for name, value in state.items()]
+    return sha256_bytes(canonical_json([type(encoder.backbone).__qualname__, sorted(told)]))
 
 
 def _widened(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

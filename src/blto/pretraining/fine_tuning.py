@@ -48,7 +48,7 @@ def fine_tune(
     progress: Progress = SILENT,
     title: str,
 ) -> list[dict[str, float]]:
-    """Minimise the sum of `losses(encoder, step)` in the encoder's convolutions; batch norm stays as it is, altogether.
+    """Minimise the sum of `losses(encoder, step)` in all weights but batch norm's, which stays as it is, altogether.
 
     Resumable: what is drawn in a step has to be a function of its number.
 

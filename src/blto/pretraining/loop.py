@@ -138,6 +138,8 @@ def pretrain(
         raise ConfigError(
             f"batch_size is {spec.batch_size}, which {process_count()} processes cannot share; give a multiple."
         )
+    if spec.views.jitter_coin == "batch" and not alone:
+        raise ConfigError('views.jitter_coin is "batch", which is for one process; give "sample", or start one.')
     run_seed = stream_seed(seed, "pretrain")
     steps_per_epoch = len(images) // spec.batch_size
     trainer = Trainer(
