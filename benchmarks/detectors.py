@@ -24,6 +24,7 @@ CLEAN = "clean"
 DETECTORS: Mapping[str, Mapping[str, Any]] = {
     "DECREE": {"name": "decree"},
     "DECREE, 3 starts": {"name": "decree", "starts": 3},
+    "DECREE, 9 windows": {"name": "decree", "starts": 9, "begin": "windows", "epochs": 100},
     "strongest channel": {"name": "channel_outlier"},
 }
 IMAGES_SEED = 0
@@ -57,7 +58,7 @@ def measure(results: Path, data_root: Path | None) -> None:
     images = load("cifar10", data_root=data_root, split="test").without_labels()
     file = results / FILE
     rows = read_jsonl(file) if file.exists() else []
-    done = {(canonical_json(row["spec"]), row["encoder_sha256"]) for row in rows}
+    done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in rows}
     for name, spec in DETECTORS.items():
         detector = DEFENSES.build(spec)
         assert isinstance(detector, EncoderDetector)

@@ -147,8 +147,8 @@ def test_a_detector_that_cannot_inspect_such_a_net_is_left_out_and_said(
 
 def test_decree_gets_its_authors_settings_for_the_size_of_the_images() -> None:
     small, large = (usual_detectors(size)[0] for size in (32, 224))
-    assert small == {"name": "decree", "starts": 3}
-    assert large == {"name": "decree", "starts": 3, "least_lambda": 1e-7, "patience": 35}
+    assert small == {"name": "decree", "starts": 9, "begin": "windows", "epochs": 100}
+    assert large == {**small, "least_lambda": 1e-7, "patience": 35}
 
 
 @pytest.mark.parametrize("pack", [in_zip, in_legacy], ids=["zip", "legacy"])

@@ -44,7 +44,7 @@ def toy(planted: bool) -> Encoder:
     return Encoder(Reacting(planted), image_size=SIZE).eval()
 
 
-def inspect(encoder: Encoder, seed: int = 0, **options: int) -> Inspection:
+def inspect(encoder: Encoder, seed: int = 0, **options: int | str) -> Inspection:
     detector = DECREE(images=96, batch_size=32, **{"epochs": 60, "patience": 40, **options})  # type: ignore[arg-type]
     return inspect_encoder(detector, encoder, IMAGES, Conditions(seed))
 
@@ -118,6 +118,20 @@ def test_more_starts_never_find_a_larger_mask() -> None:
     one, three = inspect(toy(False), epochs=40), inspect(toy(False), epochs=40, starts=3)
     assert three.score >= one.score
     assert three.measures["steps"] > one.measures["steps"]
+
+
+def test_windows_cover_the_image_and_begin_one_after_the_other() -> None:
+    masks = [MaskedPatch(SIZE, torch.Generator().manual_seed(0), window).mask.detach()[0] for window in range(9)]
+    assert all(0.8 < mask.max() < 1 and mask.min() < 0.05 for mask in masks)
+    assert all((mask > 0.5).sum() == (SIZE // 2) ** 2 for mask in masks)
+    assert (torch.stack(masks).amax(dim=0) > 0.5).all()
+    assert len({tuple((mask > 0.5).flatten().tolist()) for mask in masks}) == 9
+
+
+def test_windows_find_a_patch_where_one_random_start_misses_it() -> None:
+    missed, found = inspect(toy(True), 1), inspect(toy(True), 1, starts=9, begin="windows")
+    assert missed.measures["relative_norm"] > 4 * AREA, "a start that is known to fail"
+    assert found.measures["relative_norm"] < 2 * AREA
 
 
 def test_it_is_a_function_of_its_seed() -> None:

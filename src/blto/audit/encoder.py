@@ -177,7 +177,8 @@ def scan_encoder(
 def usual_detectors(image_size: int) -> list[dict[str, Any]]:
     """The detectors of a scan that names none, for images of so many pixels a side."""
     large = {"least_lambda": 1e-7, "patience": 35} if image_size >= LARGE else {}
-    return [{"name": "decree", "starts": 3, **large}, {"name": "channel_outlier"}]
+    windows = {"starts": 9, "begin": "windows", "epochs": 100}
+    return [{"name": "decree", **windows, **large}, {"name": "channel_outlier"}]
 
 
 def _detector(spec: Mapping[str, Any]) -> tuple[dict[str, Any], EncoderDetector]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from blto.defenses.base import Conditions, EncoderDetector, Images, Inspection
-from blto.defenses.inversion import Differentiable, MaskedPatch, differentiable, mean_cosine
+from blto.defenses.inversion import WINDOWS_A_SIDE, Differentiable, MaskedPatch, differentiable, mean_cosine
 from blto.models.encoder import Encoder
 from blto.pretraining.loop import batch_rows
 from blto.registry import Card
@@ -57,7 +57,8 @@ class DECREE(EncoderDetector):
     Where the cosine is never reached there is no trigger, and the score is 0.
 
     Where this differs from the authors' code: the last, incomplete batch of an epoch is left out, and the steps run in
-    bf16 where that is faster.
+    bf16 where that is faster. `starts` and `begin` are ours: from a random mask over the whole image the search often
+    ends far from a small patch that is there.
 
     Args:
         images: clean images to stamp (the code: 1,000 of CIFAR-10's test images).
@@ -66,7 +67,9 @@ class DECREE(EncoderDetector):
         similarity: 0.99.
         least_lambda: floor of lambda: 1e-5 at 32 pixels, 1e-7 at 224.
         patience: 10 at 32 pixels, 35 at 224.
-        starts: how often it begins anew from another random mask and patch (1): a start may end in a poor minimum.
+        starts: how often it begins anew (1), the smallest mask counting.
+        begin: where a mask starts: "random" over the whole image, or one after the other in nine "windows" of half its
+            side, which together cover it.
     """
 
     card = Card(
@@ -87,10 +90,11 @@ class DECREE(EncoderDetector):
         least_lambda: Annotated[float, Field(gt=0)] = 1e-5,
         patience: Annotated[int, Field(ge=1)] = 10,
         starts: Annotated[int, Field(ge=1)] = 1,
+        begin: Literal["random", "windows"] = "random",
     ) -> None:
         self.images, self.epochs, self.batch_size = images, epochs, min(batch_size, images)
         self.similarity, self.least_lambda = similarity, least_lambda
-        self.patience, self.starts = patience, starts
+        self.patience, self.starts, self.begin = patience, starts, begin
 
     def inspect(self, encoder: Encoder, images: Images, conditions: Conditions) -> Inspection:
         """See `EncoderDetector.inspect`. Measures: `steps`, and where there is a trigger `relative_norm` and `cosine`.
@@ -104,7 +108,7 @@ class DECREE(EncoderDetector):
         ):
             for start in range(self.starts):
                 found = _Best()
-                for epoch, taken in self._invert(features, images, stream_seed(seed, "defense", start), found):
+                for epoch, taken in self._invert(features, images, seed, start, found):
                     steps += taken
                     advance(start * self.epochs + epoch + 1, found.told())
                 if found.norm is not None and (best.norm is None or found.norm < best.norm):
@@ -115,9 +119,13 @@ class DECREE(EncoderDetector):
         measures = {"relative_norm": share, "cosine": best.cosine, "steps": steps}
         return Inspection(1 - share, share < THRESHOLD, measures, {"mask": best.mask, "patch": best.patch})
 
-    def _invert(self, features: Differentiable, images: Images, seed: int, best: _Best) -> Iterator[tuple[int, int]]:
+    def _invert(
+        self, features: Differentiable, images: Images, seed: int, start: int, best: _Best
+    ) -> Iterator[tuple[int, int]]:
         """One start: yields each epoch with its number of steps, and keeps the smallest mask in `best`."""
-        stamp = MaskedPatch(images.shape[-1], torch.Generator().manual_seed(seed)).to(features.device)
+        seed = stream_seed(seed, "defense", start)
+        window = start % WINDOWS_A_SIDE**2 if self.begin == "windows" else None
+        stamp = MaskedPatch(images.shape[-1], torch.Generator().manual_seed(seed), window).to(features.device)
         optimizer = torch.optim.Adam(stamp.parameters(), betas=(0.5, 0.9))
         pressure, unchanged = Pressure(self.least_lambda), 0
         for epoch in range(self.epochs):
