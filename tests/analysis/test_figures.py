@@ -98,7 +98,7 @@ def test_every_axis_says_what_it_shows(name: str) -> None:
 
 def test_the_strip_shows_every_score_and_the_suspect_through_all_rows() -> None:
     figure = FIGURES["scores"]()
-    lines = {str(line.get_label()): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
+    lines = {str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in figure.axes[0].get_lines()}
     assert lines == {"clean (3)": [0.1, 0.2, 0.2], "planted (1)": [0.8], "the suspect": [0.9, 0.9]}
     assert len(score_strip(0.9, [0.1]).axes[0].get_lines()) == 2, "a row without a dot is left out"
     for wrong in ([], [float("nan")]):

@@ -18,7 +18,7 @@ from blto.audit.reading import suspect_of
 from blto.audit.scan import as_plain
 from blto.audit.verdict import Verdict
 from blto.cli import main
-from blto.defenses.base import Conditions
+from blto.defenses.base import Conditions, Inspection, inspect_encoder
 from blto.defenses.decree import DECREE
 from blto.errors import ConfigError, InputRefused
 from blto.files import sha256_file
@@ -66,8 +66,12 @@ def test_an_inspection_is_made_once_and_kept(
 ) -> None:
     first = scan(encoders[0], tmp_path, encoders[1:3])
     looked = []
-    inspect = looking.inspect_encoder
-    monkeypatch.setattr(looking, "inspect_encoder", lambda *given: looked.append(1) or inspect(*given))
+
+    def inspecting(*given: Any) -> Inspection:
+        looked.append(1)
+        return inspect_encoder(*given)
+
+    monkeypatch.setattr(looking, "inspect_encoder", inspecting)
     again = scan(encoders[0], tmp_path, encoders[1:3])
     assert not looked
     assert again.outcomes == first.outcomes

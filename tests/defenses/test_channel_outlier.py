@@ -30,9 +30,11 @@ def test_the_score_is_the_furthest_channel_of_all_layers() -> None:
     assert set(found.measures) >= {"stem.1", "stages.0.bn1", "stages.0.bn2"}
     assert found.score == max(found.measures.values())
     assert found.flagged is None
-    stem = encoder().backbone.stem  # type: ignore[union-attr]  # ours
-    weight, norm = stem[0].weight, stem[1]  # type: ignore[index]
-    bounds = torch.linalg.svdvals(weight.flatten(2).double())[:, 0] * norm.weight.abs()
+    convolution, norm = (encoder().backbone.get_submodule(f"stem.{place}") for place in (0, 1))
+    assert isinstance(convolution, torch.nn.Conv2d)
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    assert norm.running_var is not None
+    bounds = torch.linalg.svdvals(convolution.weight.flatten(2).double())[:, 0] * norm.weight.abs()
     bounds = (bounds / (norm.running_var + norm.eps).sqrt()).detach()
     assert found.measures["stem.1"] == pytest.approx(float((bounds.max() - bounds.mean()) / bounds.std()), rel=1e-6)
 
@@ -40,7 +42,7 @@ def test_the_score_is_the_furthest_channel_of_all_layers() -> None:
 def test_a_planted_channel_stands_out_and_in_its_layer_alone() -> None:
     clean, planted = encoder(), encoder()
     with torch.no_grad():
-        planted.backbone.get_submodule("stages.0.bn2").weight[5] *= 50  # type: ignore[operator]
+        planted.backbone.get_parameter("stages.0.bn2.weight")[5] *= 50
     before, after = inspect(clean), inspect(planted)
     assert after.measures["stages.0.bn2"] > 0.9 * LIMIT
     assert after.score > before.score + 1
