@@ -326,15 +326,20 @@ def test_every_command_is_a_function_with_the_same_arguments() -> None:
         "show",
         "verify",
         "sweep",
+        "scan",
     }
+    commands["scan"] = commands["scan"].commands["encoder"]
+    spelled = {"set_": "set", "file": "encoder", "detector": "detectors", "clean_dir": "clean"}
+    spelled |= dict.fromkeys(("key_prefix", "mean", "std"), "foreign")
     for name, command in commands.items():
         parameters = inspect.signature(getattr(blto, name)).parameters
         names = {parameter for parameter in parameters if parameter != "options"}
         if "options" in parameters:
             names |= set(Options.__annotations__)
         given = {option.name for option in command.params} - {"as_json", "help"}
-        given = {"set" if option == "set_" else option for option in given}
-        allowed = {"demo": {"store", "data_root"}, "evaluate": {"resume"}, "sweep": {"resume"}}.get(name, set())
+        given = {spelled[option] if option in spelled and spelled[option] in names else option for option in given}
+        unused = {"evaluate": {"resume"}, "sweep": {"resume"}, "scan": {"resume"}}
+        allowed = {"demo": {"store", "data_root"}, **unused}.get(name, set())
         assert given <= names, name
         assert names - given <= allowed, name
 
