@@ -136,8 +136,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(
 
 
 def test_a_loss_that_is_no_number_is_named_by_its_step() -> None:
+    encoder = clean()
     with pytest.raises(Diverged, match=r"step \d+ of 40; lower its learning rate"):
-        tamper(lr=1e30)
+        BadEncoder(**OPTIONS | {"lr": 1e30}).tamper(encoder, square(), IMAGES, seed=0, surroundings=ON_CPU)
+    assert not encoder.native
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
 
 
 @pytest.mark.parametrize(

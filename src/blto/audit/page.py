@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -19,6 +18,7 @@ from blto.audit.verdict import Outcome, Verdict
 from blto.defenses.base import Inspection
 from blto.files import show
 from blto.report.svg import inline_svg
+from blto.report.templates import stylesheet, template
 
 Images = npt.NDArray[np.uint8]
 SHOWN = 8
@@ -38,7 +38,7 @@ def render_page(scan: EncoderScan, images: Images) -> str:
     """
     pairs = zip(scan.outcomes, scan.inspections, strict=True)
     return _template().render(
-        css=Markup(resources.files("blto.report").joinpath("report.css").read_text(encoding="utf-8")),
+        css=stylesheet(),
         heading=HEADINGS[scan.judgement.verdict],
         found=scan.judgement.verdict is Verdict.SUSPECT,
         scan=scan,
@@ -73,12 +73,4 @@ def _inline(figure: Figure, prefix: str, label: str) -> Markup:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("blto", "audit"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(show=show)
-    return environment.get_template("scan.html.j2")
+    return template("audit", "scan.html.j2", show=show)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,17 +75,15 @@ def fine_tune(
     precision = training_precision("auto", "fast", device)
     place = fabric(device, precision)
     encoder.to(place.device).eval()
-    encoder.native = precision == "bf16" and device == "cpu"
     norms = {id(p) for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
     trained = [p for p in encoder.parameters() if id(p) not in norms]
     frozen = [p for p in encoder.parameters() if id(p) in norms]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
     optimizer = torch.optim.SGD(trained, lr=tuning.lr, momentum=0.9, weight_decay=tuning.weight_decay)
     run = _Run(encoder, optimizer, tuning, folder, sha256_bytes(canonical_json(dict(identity))))
     total = tuning.epochs * tuning.steps_per_epoch
     looked_at = observed_epochs(tuning.epochs, OBSERVATIONS)
-    with progress.bar(title, total) as advance, stop_requests() as stop:
+    native = precision == "bf16" and device == "cpu"
+    with _prepared(encoder, frozen, native), progress.bar(title, total) as advance, stop_requests() as stop:
         if resume:
             run.restore()
         if run.step == 0:
@@ -110,10 +109,21 @@ def fine_tune(
                 run.save()
                 kept = "run the same command with --resume" if folder else "nothing was kept"
                 raise Interrupted(f"stopped at step {run.step} of {total}; {kept}.", signal_number=stop.signal_number)
-    encoder.native = False
-    for parameter in frozen:
-        parameter.requires_grad_(True)
     return run.trajectory
+
+
+@contextmanager
+def _prepared(encoder: Encoder, frozen: Sequence[Tensor], native: bool) -> Iterator[None]:
+    """The encoder on the engine that trains it, with some parameters frozen; afterwards plain, whatever happened."""
+    encoder.native = native
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        encoder.native = False
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 class _Run:

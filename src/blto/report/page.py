@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from jinja2 import Template
 
 from blto.errors import ConfigError
 from blto.files.atomic import write_text
@@ -20,6 +18,7 @@ from blto.records import HEADLINE_PROBE, RunRecord
 from blto.report import wording
 from blto.report.svg import inline_svg
 from blto.report.tables import METRICS, probes, rows_over_seeds, table_rows
+from blto.report.templates import stylesheet, template
 from blto.report.wording import lookup
 
 FIGURES: dict[str, tuple[str, str]] = {
@@ -91,7 +90,7 @@ def render_report(records: Sequence[RunRecord], figures: Mapping[str, Mapping[st
     if not records:
         raise ConfigError("no runs to report; run an experiment first, or name another store.")
     return _template().render(
-        css=Markup(resources.files("blto.report").joinpath("report.css").read_text(encoding="utf-8")),
+        css=stylesheet(),
         meaning=wording.MEANING,
         headline=HEADLINE_PROBE,
         overall=wording.overall(records),
@@ -105,15 +104,9 @@ def render_report(records: Sequence[RunRecord], figures: Mapping[str, Mapping[st
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("blto", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return template(
+        "report", "report.html.j2", show=show, percent=wording.percent, interval=wording.interval, unbroken=_unbroken
     )
-    environment.filters.update(show=show, percent=wording.percent, interval=wording.interval, unbroken=_unbroken)
-    return environment.get_template("report.html.j2")
 
 
 def _unbroken(sentence: str) -> str:
