@@ -72,6 +72,14 @@ def test_triggered_images_move_to_the_reference_and_clean_ones_stay() -> None:
     assert result.trajectory[-1]["backdoor"] < result.trajectory[1]["backdoor"]
 
 
+def test_each_loss_is_a_cosine_with_its_weight() -> None:
+    weights: dict[str, Any] = {"lambda_1": 2.0, "lambda_2": 3.0}
+    plain, weighted = tamper(epochs=1).trajectory[-1], tamper(epochs=1, **weights).trajectory[-1]
+    for name, weight in (("backdoor", 1), ("reference", 2), ("utility", 3)):
+        assert -1 <= plain[name] < -0.8
+        assert -weight <= weighted[name] < -0.8 * weight
+
+
 def test_batch_norm_is_left_alone_and_convolutions_are_not() -> None:
     before, after = clean(), tamper().encoder
     norms = [name for name, module in before.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]

@@ -126,6 +126,16 @@ def test_an_encoder_survives_the_disk_as_fp16(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], kept), name
 
 
+def test_an_encoder_whose_weights_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    encoder = build_encoder(TINY_BACKBONE, seed=0, image_size=16)
+    with torch.no_grad():
+        next(encoder.backbone.parameters())[0] = float("inf")
+    save_encoder(tmp_path / "e.safetensors", encoder, TINY_BACKBONE, 16)
+    with pytest.raises(InputRefused, match=r"1 of \d+ tensors hold NaN or Inf") as refused:
+        load_encoder(tmp_path / "e.safetensors")
+    assert refused.value.code == "CKPT-NAN"
+
+
 def test_a_foreign_or_damaged_encoder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(path, build_encoder(TINY_BACKBONE, seed=0), TINY_BACKBONE, 32)
