@@ -1,6 +1,7 @@
-"""Detectors on the bank of small encoders: every score as a record, and the table of docs/defenses/README.md.
+"""Detectors on the bank of small encoders: every score as a record, and the tables of docs/defenses/README.md.
 
-Of the clean encoders the even seeds choose thresholds, and the odd ones are what the table is made of. To run, as often
+Of the clean encoders the even seeds choose thresholds, and the odd ones are what the table is made of; a detector that
+learns from clean encoders is given five of the even seeds, which then choose nothing. To run, as often
 as need be (a minute or less an encoder on one core): python -m benchmarks.detectors --data-root DIR
 """
 
@@ -11,8 +12,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from blto.defenses import DEFENSES
+from blto.defenses.base import Conditions, Defense, EncoderDetector, inspect_encoder, learn_from
+from blto.defenses.evidence import Evidence
 from blto.evaluation.detection import auroc, expected_average_precision, tpr_at_lowest_fpr
 from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
 from blto.records import Metric, RunStore
@@ -26,7 +30,10 @@ DETECTORS: Mapping[str, Mapping[str, Any]] = {
     "DECREE, 3 starts": {"name": "decree", "starts": 3},
     "DECREE, 9 windows": {"name": "decree", "starts": 9, "begin": "windows", "epochs": 100},
     "strongest channel": {"name": "channel_outlier"},
+    "generator inversion": {"name": "generator_inversion"},
 }
+REFERENCES = (20, 24, 28, 32, 36)
+"""Seeds of the clean encoders that a detector learns from; they choose no threshold."""
 IMAGES_SEED = 0
 
 
@@ -50,24 +57,26 @@ def bank(results: Path) -> Iterator[Banked]:
 def measure(results: Path, data_root: Path | None) -> None:
     """Score what has not been scored yet."""
     from blto.data import load
-    from blto.defenses import DEFENSES
-    from blto.defenses.base import Conditions, EncoderDetector, inspect_encoder
     from blto.models.checkpoints import load_encoder
-    from blto.runtime.progress import Progress
+    from blto.runtime.progress import SILENT
 
     images = load("cifar10", data_root=data_root, split="test").without_labels()
     file = results / FILE
     rows = read_jsonl(file) if file.exists() else []
-    done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in rows}
+    conditions: dict[bytes, Conditions] = {}
     for name, spec in DETECTORS.items():
         detector = DEFENSES.build(spec)
         assert isinstance(detector, EncoderDetector)
-        for banked in bank(results):
+        done = scored(rows, spec)
+        left = [each for each in bank(results) if sha256_file(each.file) not in done]
+        kind = canonical_json([detector.references, dict(detector.learning)])
+        if left and kind not in conditions:
+            known = [each for each in bank(results) if each.group == CLEAN and each.seed in REFERENCES]
+            encoders = [load_encoder(each.file) for each in known[: detector.references]]
+            conditions[kind] = learn_from(detector, encoders, images, Conditions(IMAGES_SEED, progress=SILENT))
+        for banked in left:
             digest = sha256_file(banked.file)
-            if (canonical_json(DEFENSES.resolve(spec)), digest) in done:
-                continue
-            conditions = Conditions(IMAGES_SEED, progress=Progress(quiet=True))
-            found = inspect_encoder(detector, load_encoder(banked.file), images, conditions)
+            found = inspect_encoder(detector, load_encoder(banked.file), images, conditions[kind])
             row = {"detector": name, "spec": DEFENSES.resolve(spec), "group": banked.group, "seed": banked.seed}
             row |= {"encoder_sha256": digest, "score": found.score, "flagged": found.flagged}
             append_jsonl(file, {**row, "measures": dict(found.measures), "seconds": found.seconds})
@@ -75,15 +84,37 @@ def measure(results: Path, data_root: Path | None) -> None:
             sys.stdout.flush()
 
 
+def scored(rows: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> set[str]:
+    """The hashes of the encoders' files that a detector has scored."""
+    wanted = canonical_json(DEFENSES.resolve(spec))
+    return {row["encoder_sha256"] for row in rows if canonical_json(DEFENSES.resolve(row["spec"])) == wanted}
+
+
+def status_table(results: Path) -> str:
+    """A row for each defense: whether it may be relied on, and why."""
+    lines = ["| Defense | Status | What it showed here |", "| --- | --- | --- |"]
+    for name in DEFENSES.names():
+        found, page = evidence(name), cast(type, DEFENSES.get(name)).__module__.rpartition(".")[2]
+        lines.append(f"| [{DEFENSES.card(name).title}]({page}.md) | {found.status} | {found.said} |")
+    return "\n".join(lines)
+
+
+def evidence(name: str) -> Evidence:
+    """What a defense has shown."""
+    return cast(type[Defense], DEFENSES.get(name)).evidence
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each detector and attack, from the records."""
+    """A row for each verified detector and attack, from the records."""
+    rows = [row for row in rows if evidence(row["spec"]["name"]).status == "verified"]
     titles = ("Detector", "Attack", "Encoders", "AUROC", "AUPRC", "Hits at no false alarm", "False alarms", "Seconds")
     lines = [f"| {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * (len(titles) - 2)}"]
     for name in dict.fromkeys(row["detector"] for row in rows):
         of_detector = [row for row in rows if row["detector"] == name]
-        chosen, judged = (
-            [row["score"] for row in of_detector if row["group"] == CLEAN and row["seed"] % 2 == odd] for odd in (0, 1)
-        )
+        detector = DEFENSES.build(of_detector[0]["spec"])
+        learned = REFERENCES if isinstance(detector, EncoderDetector) and detector.references else ()
+        clean = [row for row in of_detector if row["group"] == CLEAN and row["seed"] not in learned]
+        chosen, judged = ([row["score"] for row in clean if row["seed"] % 2 == odd] for odd in (0, 1))
         seconds = sum(row["seconds"] for row in of_detector) / len(of_detector)
         if not chosen or not judged:
             continue  # not measured yet

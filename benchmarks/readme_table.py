@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import detectors, findings
+from benchmarks import detectors, findings, repairs
 from blto.files import read_json, read_jsonl, write_text
 from blto.records import RunStore
 from blto.report.tables import markdown_table
@@ -182,6 +182,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gate5_seeds": lambda results: findings.seeds_table(results / "gate5"),
     "bank": lambda results: findings.seeds_table(results / "bank_poisoned"),
     "detectors": detectors.detector_table,
+    "defenses": detectors.status_table,
+    "repairs": repairs.repair_table,
     "draws": lambda results: findings.draws_table(results / "probe_draws.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},
 }

@@ -24,10 +24,10 @@ def random_images(count: int = 40, *, size: int = 16, classes: int = 4, seed: in
     return ImageSet(images, labels, tuple(f"class {label}" for label in range(classes)), "noise")
 
 
-def tiny_recipe(method: str = "simclr", **changes: object) -> PretrainingSpec:
+def tiny_recipe(method: str = "simclr", *, i_cutmix: float = 0.0, **changes: object) -> PretrainingSpec:
     """Ten steps or so of a four-channel net in fp32."""
     given = {
-        "method": TINY_METHODS[method],
+        "method": TINY_METHODS[method] | ({"i_cutmix": i_cutmix} if i_cutmix else {}),
         "backbone": TINY_BACKBONE,
         "epochs": 2,
         "batch_size": 8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import blto
+from blto import doctor
 from blto.attacks import crafting
 from blto.attacks.base import Surroundings
 from blto.attacks.bilevel import BilevelOptimisation
@@ -18,11 +20,13 @@ from blto.attacks.frozen_surrogate import FrozenSurrogate
 from blto.cli import main
 from blto.doctor import BANK, check_file, split, surrogate_recipe
 from blto.errors import ConfigError, InputRefused
-from blto.experiment import ExperimentSpec
+from blto.experiment import Data, Environment, ExperimentSpec
 from blto.files import read_json, sha256_file
 from blto.files.yaml import dump_yaml
 from blto.models.checkpoints import load_encoder
 from blto.poisoning import AdditiveTrigger, Budget, FrequencyTrigger, save_trigger
+from blto.pretraining.spec import PretrainingSpec
+from blto.records import RunStore
 from tests.factories import random_images, tiny_bilevel
 from tests.tiny_experiment import TINY_EXPERIMENT
 
@@ -234,3 +238,22 @@ def test_a_failing_gate_is_said_and_exits_with_0(tmp_path: Path, capsys: pytest.
     captured = capsys.readouterr()
     assert "fails gate 2 (surrogate): ASR " in captured.out
     assert captured.err == ""
+
+
+def test_a_change_of_the_victim_s_recipe_is_not_the_surrogate_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained: list[PretrainingSpec] = []
+
+    def stage(spec: ExperimentSpec, *_: Any, **__: Any) -> Any:
+        trained.append(spec.recipe)
+        return SimpleNamespace(path=tmp_path)
+
+    monkeypatch.setattr(doctor, "pretrain_stage", stage)
+    monkeypatch.setattr(doctor, "load_encoder", lambda file: None)
+    spec = ExperimentSpec.parse({**TINY_EXPERIMENT, "recipe_change": "localized_cropping"})
+    images = random_images(48)
+    where = Environment(RunStore(tmp_path), device="cpu")
+    doctor.encoders_to_ask(spec, Data(images, images, images), where, tmp_path / "none", {})
+    assert [recipe.views.crop_margin for recipe in trained] == [None, 0.2]
+    assert trained == [surrogate_recipe(spec, images), spec.recipe]

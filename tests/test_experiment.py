@@ -22,6 +22,7 @@ from blto.files import read_json
 from blto.poisoning import apply_to_uint8, load_trigger
 from blto.pretraining import trainer
 from blto.pretraining.loop import Pretrained, pretrain
+from blto.pretraining.spec import PretrainingSpec
 from blto.pretraining.trainer import arithmetic
 from blto.records import RunRecord, RunStore, StageFolder, load_record
 from blto.runtime.interrupts import stop_requests, stopping_at
@@ -285,6 +286,51 @@ def test_an_option_that_came_later_left_the_evidence_where_it_was() -> None:
     spec = ExperimentSpec.parse({**given, "pretraining": {"normalise": False}})
     assert spec.model_dump(mode="json")["pretraining"]["normalise"] is False
     assert spec.run_id != ExperimentSpec.parse(given).run_id
+
+
+def test_a_change_of_the_recipe_is_for_victim_and_twin_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: dict[str, PretrainingSpec] = {}
+
+    def pretraining(images: ImageSet, recipe: PretrainingSpec, **options: Any) -> Pretrained:
+        trained[options["title"]] = recipe
+        return pretrain(images, recipe, **options)
+
+    monkeypatch.setattr(stages, "pretrain", pretraining)
+    spec, plain = parse(recipe_change="localized_cropping"), parse()
+    record = experiment.run(spec, somewhere(tmp_path))
+    assert record.spec["recipe_change"] == {"name": "localized_cropping", "margin": 0.2}
+    assert record.run_id != plain.run_id
+    assert list(trained) == ["pretrain the clean twin", "pretrain the victim"]
+    given = plain.pretraining
+    wanted = given.model_copy(update={"views": given.views.model_copy(update={"crop_margin": 0.2})})
+    assert set(map(PretrainingSpec.model_dump_json, trained.values())) == {wanted.model_dump_json()}
+    assert spec.with_control("clean").recipe == wanted
+
+
+def test_a_change_of_the_recipe_makes_the_same_encoders_as_its_options_do(tmp_path: Path) -> None:
+    environment, views = somewhere(tmp_path), {"name": "simclr_cifar", "crop_margin": 0.2}
+    spelled_out = parse(pretraining=CONFIG["pretraining"] | {"views": views})
+    asked = [parse(recipe_change="localized_cropping"), spelled_out, parse()]
+    images = load_data(asked[0], environment).train.without_labels()
+    named, spelled, without = (pretrain_stage(spec, images, environment).path for spec in asked)
+    assert named == spelled != without
+
+
+@pytest.mark.parametrize(
+    ("pretraining", "change", "message"),
+    [
+        ({}, "i_cutmixx", r'^recipe_change.name: unknown defense "i_cutmixx"; did you mean "i_cutmix"'),
+        ({}, "clp", "^recipe_change: clp does not change a recipe; give one of i_cutmix, localized_cropping, strong_"),
+        ({}, {"name": "i_cutmix", "alpha": 0}, r"^recipe_change.alpha: input should be greater than 0 \(given: 0\)\.$"),
+        ({"method": "byol"}, "i_cutmix", r"^recipe_change: i_cutmix is not for method byol; give one of moco, simclr"),
+        ({"method": "byoll"}, "i_cutmix", "^pretraining.method.name: unknown method"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_refused_in_one_line(
+    pretraining: dict[str, Any], change: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(pretraining=CONFIG["pretraining"] | pretraining, recipe_change=change)
 
 
 def test_a_fixed_trigger_keeps_its_rate() -> None:

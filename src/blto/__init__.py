@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         sweep,
         verify,
     )
-    from blto.audit.scan import scan
+    from blto.audit.scan import scan, scan_data
     from blto.catalog import list_all as list
     from blto.catalog import show
     from blto.demo import demo
@@ -52,6 +52,7 @@ __all__ = [
     "report",
     "run",
     "scan",
+    "scan_data",
     "show",
     "sweep",
     "verify",
@@ -61,6 +62,7 @@ _HOMES = {name: f"blto.api:{name}" for name in __all__} | {
     "demo": "blto.demo:demo",
     "list": "blto.catalog:list_all",
     "scan": "blto.audit.scan:scan",
+    "scan_data": "blto.audit.scan:scan_data",
     "show": "blto.catalog:show",
 }
 

@@ -165,7 +165,7 @@ def pretrain(
     """
     spec, where = read_spec(config, set, seed, engine, attack={"name": "clean"}), environment(**options)
     images, _ = experiment.load_train(spec, where, poisoned=poisoned)
-    experiment.say_engine("pretraining", spec.pretraining, images, where)
+    experiment.say_engine("pretraining", spec.recipe, images, where)
     stage = experiment.pretrain_stage(spec, images.without_labels(), where)
     return _delivered(stage.path / ENCODER, out)
 

@@ -32,7 +32,7 @@ def registries() -> dict[str, Registry[Any]]:
 
 
 def list_all(kind: str | None = None, *, store: str | os.PathLike[str] = "runs") -> dict[str, dict[str, Any]]:
-    """All components and runs by kind and name: a component's card, a run's record.
+    """All components and runs by kind and name: a component's card (a defense's has its status), a run's record.
 
     Args:
         kind: "attack", "defense", "method", "backbone", "generator", "dataset" or "run"; None is all.
@@ -45,7 +45,9 @@ def list_all(kind: str | None = None, *, store: str | os.PathLike[str] = "runs")
     if kind not in (None, "run", *known):
         raise ConfigError(f'unknown kind "{kind}"; {nearest(str(kind), [*known, "run"])}.')
     found: dict[str, dict[str, Any]] = {
-        each: registry.cards() for each, registry in known.items() if kind in (None, each)
+        each: {name: card | _evidence(registry, name) for name, card in registry.cards().items()}
+        for each, registry in known.items()
+        if kind in (None, each)
     }
     if kind in (None, "run"):
         found["run"] = {record.run_id: record for record in RunStore(Path(store)).list()}
@@ -72,8 +74,15 @@ def show(name: str) -> dict[str, Any]:
             options = _options(registry.schema(bare), inspect.getdoc(component) or "", "")
             for option in options:
                 option["meaning"] = _spelled_out(option["meaning"], option["key"], component, registry)
-            return {"kind": registry.kind, "name": bare, "card": asdict(registry.card(bare)), "options": options}
+            card = asdict(registry.card(bare)) | _evidence(registry, bare)
+            return {"kind": registry.kind, "name": bare, "card": card, "options": options}
     raise ConfigError(f'unknown component "{name}"; {nearest(bare, names)}.')
+
+
+def _evidence(registry: Registry[Any], name: str) -> dict[str, str]:
+    """Of a component that has to show what it does: its status and why; else nothing."""
+    evidence = getattr(registry.get(name), "evidence", None)
+    return {} if evidence is None else {"status": evidence.status, "evidence": evidence.said}
 
 
 def _options(model: type[BaseModel], docs: str, prefix: str, given: Any = None) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ def surrogate_recipe(spec: ExperimentSpec, images: ImageSet) -> PretrainingSpec:
     """The recipe of the attack's surrogate, for about as many epochs as one trains; without one, the victim's."""
     bilevel = spec.attack.get("bilevel")
     if not bilevel:
-        return spec.pretraining
+        return spec.recipe
     rounds = min(bilevel["rounds"], bilevel["reinitialise_every"])  # of one surrogate
     steps = bilevel["warm_start_steps"] + rounds * bilevel["inner_steps"]
     batch_size = min(bilevel["surrogate"]["batch_size"], len(images))
@@ -100,7 +100,8 @@ def clean_encoder(
     spec: ExperimentSpec, images: ImageSet, environment: Environment, recipe: PretrainingSpec, title: str
 ) -> Encoder:
     """An encoder of the images as they are, of a seed that the run does not have: trained, or found in the store."""
-    other = spec.model_copy(update={"pretraining": recipe, "seed": spec.seed + UNSEEN_SEED})
+    changes = {"pretraining": recipe, "recipe_change": None, "seed": spec.seed + UNSEEN_SEED}
+    other = spec.model_copy(update=changes)
     stage = pretrain_stage(other, images.without_labels(), environment, title=title)
     return load_encoder(stage.path / ENCODER)
 
@@ -120,7 +121,7 @@ def encoders_to_ask(
     for number, (name, encoder) in enumerate(given.items(), 1):
         found[f"unseen {number}"] = (name, encoder)
     if not given:
-        unseen = clean_encoder(spec, data.train, environment, spec.pretraining, "pretrain an unseen clean encoder")
+        unseen = clean_encoder(spec, data.train, environment, spec.recipe, "pretrain an unseen clean encoder")
         found["unseen 1"] = (f"the victim's recipe, on clean images, seed {seed}", unseen)
     return found
 
@@ -169,7 +170,7 @@ def examine(
             measured=measured,
             triggered=triggered,
             target_class=attack.target_class,
-            views=Views(spec.pretraining.views, train.image_size),
+            views=Views(spec.recipe.views, train.image_size),
             probes={probe: spec.probes.get(probe, {}) for probe in PROBES},
         )
         edits = [{"name": edit, **_plain(reaction)} for edit, reaction in reactions[name].items()]

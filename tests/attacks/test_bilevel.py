@@ -16,11 +16,12 @@ from blto.attacks import ATTACKS, bilevel, crafting
 from blto.attacks.base import Surroundings, poison_with
 from blto.attacks.bilevel import CLEAN_IMAGES, REFERENCE_IMAGES, BilevelOptimisation
 from blto.attacks.blto import BLTO
-from blto.attacks.objective import similarities, whitening_basis
+from blto.attacks.objective import similarities
 from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.errors import ConfigError, Diverged, Interrupted, Mismatch
 from blto.files import show
 from blto.poisoning import AdditiveTrigger, Budget, GeneratorTrigger
+from blto.poisoning.aim import whitening_basis
 from blto.pretraining.spec import OptimizerSpec
 from tests.factories import random_images, tiny_bilevel
 

@@ -45,6 +45,8 @@ def test_without_a_clean_encoder_nothing_is_ever_clean() -> None:
         found = judge(outcomes, alpha=0.05)
         assert (found.verdict, found.p_value, found.power) == (Verdict.INCONCLUSIVE, None, None)
         assert "no clean encoder" in found.reasons[0]
+        assert "at 0.05 takes at least 19 of them" in found.reasons[0]
+    assert "at least 39 of them" in judge([outcome(0.0, []), outcome(1.0, [])], alpha=0.05).reasons[0]
 
 
 def test_several_detectors_pay_for_their_number() -> None:

@@ -134,6 +134,68 @@ def test_one_coin_for_color_jitter_is_thrown_for_each_batch_and_view() -> None:
     assert len(draw(recipe, seed=1, epoch=0, samples=np.arange(0), view=0, image_size=(SIZE, SIZE))) == 0
 
 
+def region(first: Array, margin: float, size: int) -> Array:
+    """(top, bottom, left, right) of a box that is enlarged all around and cut off at the image's border."""
+    y, x, h, w = first
+    down, across = int(margin * h), int(margin * w)
+    return np.array([max(y - down, 0), min(y + h + down, size), max(x - across, 0), min(x + w + across, size)])
+
+
+def plain_crop_near(first: Array, margin: float, size: int, least: float, draw_from: np.random.Generator) -> Array:
+    """A localized crop as CorruptEncoder describes it, one number after the other."""
+    top, bottom, left, right = region(first, margin, size)
+    height, width = bottom - top, right - left
+    while True:
+        target = draw_from.uniform(min(least * size**2, height * width), height * width)
+        shape = np.exp(draw_from.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(target * shape)), round(np.sqrt(target / shape))
+        if w <= width and h <= height:
+            y, x = draw_from.integers(top, bottom - h + 1), draw_from.integers(left, right - w + 1)
+            return np.array([y, x, h, w])
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 1.0])
+def test_localized_crops_are_distributed_as_those_of_the_plain_reference(margin: float) -> None:
+    count, least = 3000, 0.2
+    recipe = ViewRecipe(crop_scale=(least, 1.0), crop_margin=margin)
+    key: dict[str, Any] = {"seed": 0, "epoch": 0, "samples": np.arange(count), "image_size": (96, 96)}
+    first, second = (draw(recipe, view=view, **key).box for view in (0, 1))
+    other = draw(recipe, view=0, **{**key, "seed": 1}).box  # the reference stands on crops of its own
+    generator = np.random.default_rng(0)
+    plain = np.stack([plain_crop_near(box, margin, 96, least, generator) for box in other])
+    for measure in (area, aspect, lambda box: box[:, 0], lambda box: box[:, 1]):
+        assert stats.ks_2samp(measure(second), measure(plain)).pvalue > 0.001
+    for near, theirs in zip((second - first).T, (plain - other).T, strict=True):
+        assert stats.ks_2samp(near, theirs).pvalue > 0.001
+
+
+def test_a_localized_crop_lies_near_the_first_view_s_and_changes_nothing_else() -> None:
+    plain = resolve_recipe({"name": "byol", "crop_scale": [0.2, 0.6]})
+    recipe = plain.model_copy(update={"crop_margin": 0.25})
+    key: dict[str, Any] = {"seed": 5, "epoch": 3, "samples": np.arange(400), "image_size": (48, 48)}
+    first, second, third = (draw(recipe, view=view, **key) for view in (0, 1, 2))
+    before = [draw(plain, view=view, **key) for view in (0, 1)]
+    assert all(np.array_equal(a, b) for a, b in zip(first.arrays, before[0].arrays, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(second.arrays[1:], before[1].arrays[1:], strict=True))
+    assert not np.array_equal(second.box, third.box)
+    for start, *later in zip(first.box, second.box, third.box, strict=True):
+        top, bottom, left, right = region(start, 0.25, 48)
+        for y, x, h, w in later:
+            assert top <= y < y + h <= bottom
+            assert left <= x < x + w <= right
+            assert h * w <= 0.65 * 48**2, "no larger than a crop may be"
+    assert (area(second.box) >= 0.17 * 48**2).all(), "no smaller than a crop may be"
+    outside = [(box[0] < region(start, 0.25, 48)[0]) for start, box in zip(before[0].box, before[1].box, strict=True)]
+    assert np.mean(outside) > 0.1, "without the margin many lie elsewhere"
+
+
+def test_localized_crops_do_not_depend_on_the_batch() -> None:
+    recipe = resolve_recipe({"name": "mocov2", "crop_margin": 0.2})
+    key: dict[str, Any] = {"seed": 7, "epoch": 3, "view": 1, "image_size": (SIZE, SIZE)}
+    whole, picked = draw(recipe, samples=np.arange(100), **key), np.array([41, 3, 99, 3])
+    assert np.array_equal(draw(recipe, samples=picked, **key).box, whole.box[picked])
+
+
 def test_first_parameters_are_frozen() -> None:
     params = Views(RECIPES["byol"], SIZE).draw(seed=0, epoch=1, samples=np.arange(64), view=1)
     digest = hashlib.sha256(b"".join(array.tobytes() for array in params.arrays)).hexdigest()
@@ -153,6 +215,7 @@ def test_first_parameters_are_frozen() -> None:
         ({"name": "simclr", "crop_scale": (0.5, 1.2)}, "crop_scale"),
         ({"name": "simclr", "blur_sigma": (0.0, 1.0)}, "blur_sigma"),
         ({"name": "byol", "blur_probability": (1.0, 2.0)}, "views.blur_probability.1"),
+        ({"name": "simclr", "crop_margin": -0.1}, "views.crop_margin: input should be greater"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_of_advice(spec: Any, message: str) -> None:

@@ -6,11 +6,14 @@ import copy
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
+from benchmarks.detectors import RESULTS, bank
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder
 from blto.defenses.channel_outlier import ChannelOutlier
 from blto.errors import InputRefused
+from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder, build_encoder
 
 WIDTH = 32
@@ -72,3 +75,15 @@ def test_a_backbone_without_batch_norm_is_refused() -> None:
     bare = Encoder(torch.nn.Conv2d(3, 4, 3), image_size=16)
     with pytest.raises(InputRefused, match="no 2-D batch norm"):
         inspect(bare)
+
+
+def test_encoders_taught_a_patch_by_their_training_images_stand_out_of_clean_ones() -> None:
+    """The committed bank: 40 clean encoders, and ten whose training images carried a patch of 12 pixels."""
+    scores: dict[str, list[float]] = {"clean": [], "patch": []}
+    for banked in bank(RESULTS):
+        if banked.group in scores:
+            scores[banked.group].append(inspect(load_encoder(banked.file)).score)
+    assert [len(each) for each in scores.values()] == [40, 10]
+    area = roc_auc_score([0] * 40 + [1] * 10, scores["clean"] + scores["patch"])
+    assert area > 0.95
+    assert sum(score > max(scores["clean"]) for score in scores["patch"]) >= 8

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blto.attacks.objective import Aim
 from blto.data.images import ImageSet
 from blto.data.views import ViewRecipe, Views
 from blto.errors import ConfigError
 from blto.evaluation import doctor, similarity
 from blto.evaluation.doctor import UNEDITED, Reaction, edits, jpeg, reach, react, resized, works
+from blto.poisoning.aim import Aim
 from blto.records import Metric
 
 Images = npt.NDArray[np.uint8]

@@ -22,15 +22,19 @@ def losses(run: Trainer) -> list[float]:
     return [float(run.train_step(views)["loss"]) for views in batches]
 
 
-def build(name: str, **how: Any) -> Trainer:
-    method = loop.build_method(tiny_recipe(name), seed=0, image_size=16)
+def build(name: str, i_cutmix: float, **how: Any) -> Trainer:
+    method = loop.build_method(tiny_recipe(name, i_cutmix=i_cutmix), seed=0, image_size=16)
     return Trainer(method, optimizer=OptimizerSpec(), total_steps=4, device="cpu", precision="fp32", **how)
 
 
-@pytest.mark.parametrize("name", METHODS.names())
-def test_the_step_is_one_graph_that_trains_as_the_plain_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = build(name)
-    build(name)  # Fabric is here before `torch.compile` is patched: it wraps it on import
+@pytest.mark.parametrize(
+    ("name", "i_cutmix"), [*((name, 0.0) for name in METHODS.names()), ("moco", 1.0), ("simclr", 1.0)]
+)
+def test_the_step_is_one_graph_that_trains_as_the_plain_one_does(
+    name: str, i_cutmix: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = build(name, i_cutmix)
+    build(name, i_cutmix)  # Fabric is here before `torch.compile` is patched: it wraps it on import
     compiler, asked = torch.compile, []
 
     def traced(module: Any, **how: Any) -> Any:
@@ -39,7 +43,7 @@ def test_the_step_is_one_graph_that_trains_as_the_plain_one_does(name: str, monk
 
     monkeypatch.setattr(torch, "compile", traced)
     monkeypatch.setattr(trainer, "uses_cuda_graphs", lambda engine, device: True)
-    compiled = build(name, cuda_graphs=True)
+    compiled = build(name, i_cutmix, cuda_graphs=True)
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
     assert asked[0] == {"mode": "reduce-overhead", "dynamic": False}
     assert compiled.arithmetic == f"fp32, {GRAPHS}"

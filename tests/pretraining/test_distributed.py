@@ -103,6 +103,7 @@ def process(number: int, folder: Path) -> None:
     found: Found = {
         "batch norm": message(lambda: pretrain(IMAGES, tiny_recipe(), seed=0)),
         "odd batch": message(lambda: pretrain(IMAGES, tiny_recipe(batch_size=9), seed=0)),
+        "mixing": message(lambda: pretrain(IMAGES, tiny_recipe(i_cutmix=1.0), seed=0)),
         "crafting": message(lambda: require_one_process("crafting a trigger")),
         **{name: train(name) for name in METHODS.names()},
     }
@@ -168,4 +169,5 @@ def test_what_several_processes_cannot_do_is_refused_in_one_line(both: list[Foun
     for found in both:
         assert found["batch norm"].startswith("the net has batch norm, which 2 processes on the CPU would")
         assert found["odd batch"] == "batch_size is 9, which 2 processes cannot share; give a multiple."
+        assert found["mixing"] == "method.i_cutmix is above 0, which is for one process; give 0, or start one."
         assert found["crafting"].startswith("crafting a trigger runs in one process, but 2 were started")

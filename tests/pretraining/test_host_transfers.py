@@ -39,8 +39,8 @@ def _meta_is_a_device_to_train_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-def on_meta(method: str, optimizer: str = "sgd") -> Trainer:
-    built = loop.build_method(tiny_recipe(method), seed=0, image_size=16)
+def on_meta(method: str, optimizer: str = "sgd", i_cutmix: float = 0.0) -> Trainer:
+    built = loop.build_method(tiny_recipe(method, i_cutmix=i_cutmix), seed=0, image_size=16)
     spec = OptimizerSpec.model_validate({"name": optimizer})
     run = Trainer(built, optimizer=spec, total_steps=4, device="cpu", precision="fp32")
     run.method.to(META)
@@ -62,6 +62,13 @@ def test_a_training_step_reads_nothing_on_the_host(method: str, optimizer: str) 
     assert all(parameter.grad is not None for parameter in trained)
     for tensor in (*trained, *losses.values(), run.first_bad_step):
         assert tensor.device == META
+
+
+@pytest.mark.parametrize("method", ["moco", "simclr"])
+def test_a_mixed_step_reads_nothing_on_the_host(method: str) -> None:
+    run = on_meta(method, i_cutmix=1.0)
+    for _ in range(2):
+        assert run.train_step(views())["loss"].device == META
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,22 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(
     assert "resumed" in events
 
 
+@pytest.mark.parametrize("method", ["moco", "simclr"])
+def test_a_mixed_and_localized_training_resumes_bit_for_bit(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = {"name": "simsiam_cifar", "crop_margin": 0.2}
+    recipe = tiny_recipe(method, i_cutmix=1.0, views=views)
+    whole = pretrain(IMAGES, recipe, seed=0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            pretrain(IMAGES, recipe, seed=0, folder=tmp_path)
+    assert_equal(whole, pretrain(IMAGES, recipe, seed=0, folder=tmp_path, resume=True))
+    unmixed = pretrain(IMAGES, tiny_recipe(method, views=views), seed=0)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(whole), weights(unmixed), strict=True))
+
+
 def test_resume_refuses_another_recipe_seed_or_dataset(tmp_path: Path) -> None:
     pretrain(IMAGES, tiny_recipe(), seed=0, folder=tmp_path)
     for images, recipe, seed in (

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from blto.attacks.bilevel_spec import BilevelSpec, surrogate_poison_rate
 from blto.attacks.feature_space import FeatureSpace
-from blto.attacks.objective import Aim, Similarities, similarities, whitening_basis
+from blto.attacks.objective import similarities
 from blto.data.images import ImageSet
 from blto.data.views import Array, ViewParameters, Views
 from blto.errors import Diverged
 from blto.models.generators import use_native
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
+from blto.poisoning.aim import Aim, Similarities, whitening_basis
 from blto.pretraining.loop import batch_rows, build_method
 from blto.pretraining.trainer import Trainer, learning_rate_factor
 from blto.runtime.distributed import require_one_process
@@ -145,6 +146,7 @@ class BilevelOptimisation:
             build_method(recipe, seed=seed, image_size=self.images.image_size),
             optimizer=recipe.optimizer,
             total_steps=self.surrogate_steps,
+            seed=seed,
             device=self.device,
             precision=recipe.precision,
             engine=recipe.engine,

@@ -11,13 +11,13 @@ import torch
 from blto.attacks.base import Surroundings
 from blto.attacks.bilevel import BilevelOptimisation
 from blto.attacks.bilevel_spec import BilevelSpec, surrogate_poison_rate
-from blto.attacks.objective import Aim, Similarities
 from blto.data.images import ImageSet
 from blto.data.order import ORDER
 from blto.errors import Diverged, Interrupted
 from blto.files import append_jsonl, canonical_json, sha256_bytes
 from blto.models.checkpoints import save_encoder
 from blto.poisoning import Trigger
+from blto.poisoning.aim import Aim, Similarities
 from blto.pretraining import checkpoint
 from blto.runtime.interrupts import stop_requests
 from blto.runtime.seeds import seeded, stream_seed

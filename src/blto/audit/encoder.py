@@ -17,6 +17,7 @@ from blto.defenses.base import Conditions, EncoderDetector, Inspection
 from blto.errors import ConfigError, InputRefused
 from blto.files import sha256_file, show
 from blto.files.foreign.pickles import CodeFoundError
+from blto.models.encoder import Encoder
 from blto.records import RunStore
 from blto.runtime.progress import SILENT, Progress
 
@@ -25,7 +26,8 @@ LARGE = 128
 BOUND = 0.9
 """Cosine to the reference from which on a drill's backdoor counts as one."""
 NOT_TESTED = (
-    "Triggers that change the whole image by little (CTRL, BLTO): no detector here is known to see them.",
+    "Triggers that change the whole image by little (CTRL, BLTO): of the detectors here only generator inversion has "
+    "been seen to answer to one of them, BLTO's, and not reliably.",
     "Backdoors that answer to something else than images, or to several triggers together.",
     "Whether the training images were poisoned: that is a question to the data.",
 )
@@ -83,7 +85,8 @@ def scan_encoder(
         arch, options: of a file that blto did not write; see `models.foreign.import_encoder`.
         clean: encoders of the same family that are known to be clean: another seed of the same recipe. One that is
             given twice counts once, and the suspect itself not at all. Without any, or with too few, the verdict is
-            "inconclusive".
+            "inconclusive". A detector that learns from clean encoders takes the first of them, and the suspect is
+            compared with the others.
         detectors: entries of DEFENSES that inspect encoders, with their options; None is `usual_detectors`. One that
             cannot inspect such an encoder is left out, which the result says.
         drill: how many of the clean encoders blto tampers with (BadEncoder) and scans as well, to measure the power.
@@ -125,17 +128,22 @@ def scan_encoder(
             seconds=time.monotonic() - started,
         )
     known = read_clean(clean, suspect, arch, options or {})
-    if drill > len(known):
-        raise ConfigError(f"--drill is {drill}, with {len(known)} clean encoders; give 0 to that many.")
-    reasons = [(spec, detector, detector.reason_against(suspect.encoder)) for spec, detector in built]
+    reasons = [(spec, detector, _reason_against(detector, suspect.encoder, len(known))) for spec, detector in built]
     fitting = [(spec, detector) for spec, detector, reason in reasons if reason is None]
     left_out = [f"{DEFENSES.card(spec['name']).title}: {reason}." for spec, _, reason in reasons if reason]
     if not fitting:
         raise ConfigError(f"--detector: none of them can inspect {suspect.name}; {' '.join(left_out)}")
+    free = len(known) - max(detector.references for _, detector in fitting)
+    if drill > free:
+        raise ConfigError(
+            f"--drill is {drill}, with {free} clean encoders that no detector learns from; give 0 to that many."
+        )
     looking = Looking(images, store, Conditions(seed, device, progress))
-    drilled = [looking.plant(each) for each in known[:drill]]
+    drilled = [looking.plant(each) for each in known[len(known) - drill :]]
     planted = [each for each, cosine in drilled if cosine >= BOUND]
-    notes = list(suspect.notes)
+    doubtful = [(spec, each.evidence) for spec, each in fitting if each.evidence.status != "verified"]
+    notes = [f"{DEFENSES.card(spec['name']).title} is experimental: {evidence.said}" for spec, evidence in doubtful]
+    notes += suspect.notes
     if len(known) < len(clean):
         notes.append(f"{len(clean) - len(known)} of the clean files were the suspect itself or another of them again.")
     if len(planted) < len(drilled):
@@ -144,7 +152,8 @@ def scan_encoder(
         )
     outcomes, inspections = [], []
     for spec, detector in fitting:
-        found = looking.inspect(spec, detector, suspect)
+        references, others = known[: detector.references], known[detector.references :]
+        found = looking.inspect(spec, detector, suspect, references)
         inspections.append(found)
         outcomes.append(
             Outcome(
@@ -153,9 +162,10 @@ def scan_encoder(
                 score=found.score,
                 flagged=found.flagged,
                 measures=found.measures,
-                clean=tuple(looking.inspect(spec, detector, each).score for each in known),
-                planted=tuple(looking.inspect(spec, detector, each).score for each in planted),
+                clean=tuple(looking.inspect(spec, detector, each, references).score for each in others),
+                planted=tuple(looking.inspect(spec, detector, each, references).score for each in planted),
                 seconds=found.seconds,
+                references=len(references),
             )
         )
     return EncoderScan(
@@ -179,6 +189,13 @@ def usual_detectors(image_size: int) -> list[dict[str, Any]]:
     large = {"least_lambda": 1e-7, "patience": 35} if image_size >= LARGE else {}
     windows = {"starts": 9, "begin": "windows", "epochs": 100}
     return [{"name": "decree", **windows, **large}, {"name": "channel_outlier"}]
+
+
+def _reason_against(detector: EncoderDetector, encoder: Encoder, clean: int) -> str | None:
+    """Why a detector cannot inspect such an encoder beside so many clean ones, as a clause; None where it can."""
+    if clean < detector.references:
+        return f"it learns from {detector.references} clean encoders of the family, and there are {clean}"
+    return detector.reason_against(encoder)
 
 
 def _detector(spec: Mapping[str, Any]) -> tuple[dict[str, Any], EncoderDetector]:

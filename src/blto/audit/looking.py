@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from blto.attacks.bad_encoder import BadEncoder
 from blto.attacks.base import Surroundings
 from blto.audit.reading import Suspect, suspect_of
 from blto.data.images import ImageSet
-from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder
+from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder, learn_from
 from blto.files.safetensors import read_safetensors, write_safetensors
 from blto.models.encoder import Encoder
 from blto.records import RunStore, StageFolder
@@ -39,17 +39,36 @@ class Looking:
     store: RunStore
     conditions: Conditions
 
-    def inspect(self, spec: Mapping[str, Any], detector: EncoderDetector, suspect: Suspect) -> Inspection:
-        """What `detector`, which `spec` describes, finds in an encoder."""
-        stage = self._stage("inspect", suspect, detector=dict(spec))
+    def inspect(
+        self, spec: Mapping[str, Any], detector: EncoderDetector, suspect: Suspect, references: Sequence[Suspect] = ()
+    ) -> Inspection:
+        """What `detector`, which `spec` describes and which learns from `references`, finds in an encoder."""
+        known = {"references": [each.identity for each in references]} if references else {}
+        stage = self._stage("inspect", suspect, detector=dict(spec), **known)
         with stage.making() as needed:
             if needed:
+                conditions = self._taught(spec, detector, references)
                 self.conditions.progress.say(f"{spec['name']}: {suspect.name}")
-                found = inspect_encoder(detector, suspect.encoder, self.images, self.conditions)
+                found = inspect_encoder(detector, suspect.encoder, self.images, conditions)
                 _write(stage, found.trigger)
                 facts = {"score": found.score, "flagged": found.flagged, "measures": dict(found.measures)}
                 stage.commit({**facts, "seconds": found.seconds})
         return Inspection(**stage.facts, trigger=_read(stage))
+
+    def _taught(self, spec: Mapping[str, Any], detector: EncoderDetector, references: Sequence[Suspect]) -> Conditions:
+        """The conditions, with what the detector learns from the references."""
+        if not references:
+            return self.conditions
+        known = [each.identity for each in references]
+        inputs = {"references": known, "images": self.images.content_hash, "seed": self.conditions.seed}
+        stage = self.store.stage("learn", {**inputs, "learning": dict(detector.learning)})
+        with stage.making() as needed:
+            if needed:
+                self.conditions.progress.say(f"{spec['name']}: learns from {len(references)} clean encoders")
+                encoders = [each.encoder for each in references]
+                _write(stage, learn_from(detector, encoders, self.images, self.conditions).learned)
+                stage.commit({})
+        return replace(self.conditions, learned=_read(stage))
 
     def plant(self, clean: Suspect) -> tuple[Suspect, float]:
         """The encoder after BadEncoder, which takes a white square for one of the images, drawn from the seed; and the

@@ -10,11 +10,13 @@ from typing import Any
 from blto.data.images import ImageSet
 from blto.errors import ConfigError, Diverged, InputRefused
 from blto.evaluation import extract
-from blto.files import sha256_file, show
+from blto.files import canonical_json, sha256_bytes, sha256_file, show
 from blto.files.safetensors import read_safetensors
+from blto.models.backbones import ResNet
 from blto.models.checkpoints import load_encoder, weights_sha256
 from blto.models.encoder import Encoder
 from blto.models.foreign import import_encoder
+from blto.models.spellings import AS_THEY_ARE
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Suspect:
 
 def suspect_of(encoder: Encoder, name: str, sha256: str, kind: str, notes: Sequence[str] = ()) -> Suspect:
     """The suspect that an encoder in evaluation mode is."""
-    return Suspect(encoder, name, sha256, kind, weights_sha256(encoder), tuple(notes))
+    identity = weights_sha256(encoder)
+    if not isinstance(encoder.backbone, ResNet):  # a library's: eps, padding and activations are in no tensor
+        identity = sha256_bytes(canonical_json([identity, repr(encoder.backbone)]))
+    return Suspect(encoder, name, sha256, kind, identity, tuple(notes))
 
 
 def read_suspect(path: Path, arch: str | None, options: Mapping[str, Any]) -> Suspect:
@@ -55,13 +60,15 @@ def read_suspect(path: Path, arch: str | None, options: Mapping[str, Any]) -> Su
             raise ConfigError(f"{', '.join(options)}: only for an encoder that others have trained; give --arch too.")
         return suspect_of(load_encoder(path), show(path.name), sha256_file(path), "blto")
     found = import_encoder(path, arch, **options)
-    notes = [f"Its tensors were found at {found.place}."]
+    named = "" if found.spelling == AS_THEY_ARE else f", its tensors named {found.spelling}"
+    notes = [f"Read as {show(arch, 60)} from {found.place}{named}.", *([found.differs] if found.differs else [])]
     if found.unexpected:
         notes.append(
-            f"{len(found.unexpected)} further tensors there were not used (first: {show(found.unexpected[0])})."
+            f"{len(found.unexpected)} further tensors there are no part of it and were left out (first: "
+            f"{show(found.unexpected[0])})."
         )
     if found.layers:
-        notes.append(f"A legacy pickle, read in a process of its own behind: {', '.join(found.layers)}.")
+        notes.append(f"A legacy pickle, read in a process of its own; what held it there: {', '.join(found.layers)}.")
     return suspect_of(found.encoder.eval(), show(path.name), found.sha256, found.format, notes)
 
 

@@ -46,6 +46,7 @@ class Outcome:
         clean: scores of clean encoders of the same family.
         planted: scores of the drill's encoders, each a clean one that blto has tampered with.
         seconds: for the suspect.
+        references: how many further clean encoders it learned from.
     """
 
     detector: str
@@ -56,6 +57,7 @@ class Outcome:
     clean: tuple[float, ...] = ()
     planted: tuple[float, ...] = ()
     seconds: float = 0.0
+    references: int = 0
 
     @property
     def p_value(self) -> float | None:
@@ -84,7 +86,11 @@ def judge(outcomes: Sequence[Outcome], *, alpha: float) -> Judgement:
     """The verdict of several detectors at the error rate `alpha` for a clean encoder, over all of them together."""
     known = [outcome for outcome in outcomes if outcome.clean]
     if not known:
-        reason = "There is no clean encoder of the same family to compare with, so no score can be called high."
+        needed = clean_encoders_needed(max(1, len(outcomes)), alpha)
+        reason = (
+            "There is no clean encoder of the same family to compare with, so no score can be called high, whatever it "
+            f"is. A finding at {alpha:g} takes at least {needed} of them: other seeds of the same recipe."
+        )
         return Judgement(Verdict.INCONCLUSIVE, None, (reason,))
     p_value = min(bonferroni([rank_p_value(outcome.score, outcome.clean) for outcome in known]))
     reachable = min(1.0, len(known) * smallest_p_value(min(len(outcome.clean) for outcome in known)))
@@ -95,9 +101,10 @@ def judge(outcomes: Sequence[Outcome], *, alpha: float) -> Judgement:
     if p_value <= alpha:
         return Judgement(Verdict.SUSPECT, p_value, (f"{compared} (p = {p_value:.3g}, at most {alpha:g}).",), power)
     if reachable > alpha:
+        needed = clean_encoders_needed(len(known), alpha) + max(outcome.references for outcome in known)
         reason = (
             f"{compared}. With so few clean encoders p cannot fall below {reachable:.3g}, so nothing can be found at "
-            f"{alpha:g}; give at least {clean_encoders_needed(len(known), alpha)} of them."
+            f"{alpha:g}; give at least {needed} of them."
         )
         return Judgement(Verdict.INCONCLUSIVE, p_value, (reason,), power)
     if power is not None and power[0] < ENOUGH_POWER:

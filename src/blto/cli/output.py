@@ -17,6 +17,7 @@ from blto.files.text import show
 
 if TYPE_CHECKING:
     from blto.audit.encoder import EncoderScan
+    from blto.audit.pile.scan import DataScan
     from blto.records import Metric, RunRecord
     from blto.sweep.queue import CellState
     from blto.sweep.running import SweepResult
@@ -27,6 +28,7 @@ SWEEP_METRICS = {
     "lift": "LIFT",
     "clean_accuracy": "CLEAN ACCURACY",
 }
+SUSPICIOUS = 5  # and unreadable images that a terminal names
 _WIDTH_OF_A_PIPE = 160  # no terminal says how wide: wide enough for one line a row
 
 
@@ -171,8 +173,8 @@ def print_listing(listing: Mapping[str, Mapping[str, Any]], *, as_json: bool) ->
         return
     cards = [(kind, name, card) for kind, each in listing.items() if kind != "run" for name, card in each.items()]
     if cards:
-        rows = [(kind, name, card["summary"], card["paper"]) for kind, name, card in cards]
-        print_text(table(("KIND", "NAME", "WHAT IT IS", "PAPER"), rows))
+        rows = [(kind, name, card["summary"], card.get("status", ""), card["paper"]) for kind, name, card in cards]
+        print_text(table(("KIND", "NAME", "WHAT IT IS", "STATUS", "PAPER"), rows))
     if runs:
         rows = [("run", name, *_summary(one).values()) for name, one in runs.items()]
         print_text(*([""] if cards else []), table(("KIND", "NAME", "TOOK", "LIFT", "ASR", "ASR OF TWIN"), rows))
@@ -196,6 +198,8 @@ def print_component(component: Mapping[str, Any], *, as_json: bool) -> None:
     facts = [("paper", source), ("threat model", card["threat_model"]), ("norm", card["norm"])]
     lines = [f"{component['name']} ({component['kind']}): {card['title']}, {card['summary']}"]
     lines += [f"{name}: {value}" for name, value in facts if value]
+    if "status" in card:
+        lines.append(f"{card['status']}: {card['evidence']}")
     print_text(*(show(line, 1000) for line in lines))
     rows = [(option["key"], option["accepts"], _default(option), option["meaning"]) for option in component["options"]]
     if rows:
@@ -247,5 +251,43 @@ def print_scan(found: EncoderScan, *, as_json: bool, page: Path | None) -> None:
         ]
         print_text(table(("DETECTOR", "SCORE", "BY ITS THRESHOLD", "CLEAN", "P", "SECONDS"), rows))
     print_text(*found.notes, *(f"not tested: {line}" for line in found.not_tested))
+    if page:
+        print_text(f"page: {page}")
+
+
+def print_data_scan(found: DataScan, *, as_json: bool, page: Path | None) -> None:
+    """A scan of images: the verdict and why, a row a detector and share, the drill, what was not tested."""
+    from blto.audit.scan import data_as_plain
+
+    if as_json:
+        print_json({**data_as_plain(found), **({"page": str(page)} if page else {})})
+        return
+    judgement = found.judgement
+    p_value = "" if judgement.p_value is None else f", p = {judgement.p_value:.3g}"
+    print_text(f"{found.file}: {judgement.verdict.value}{p_value}", *judgement.reasons)
+    rows = [
+        (
+            each.title,
+            f"{level.share:.1%}",
+            f"{level.threshold:.3g}",
+            level.suspects,
+            level.clean,
+            f"{level.p_value:.3g}",
+        )
+        for each in found.found
+        for level in each.levels
+    ]
+    if rows:
+        print_text(table(("DETECTOR", "OF ALL", "SCORE FROM", "SUSPECTS", "CLEAN", "P BY ITSELF"), rows))
+    leading = found.leading
+    shown = [f"{show(name, 80)} ({score:.4g})" for name, score in leading.top[:SUSPICIOUS] if score > 0]
+    print_text(*([f"most suspicious ({leading.title}): {', '.join(shown)}"] if shown else []))
+    for drill in found.drills:
+        low, high = (f"{share:.0%}" for share in drill.power[1:3])
+        print_text(f"drill: {drill.attack} at {drill.rate:g}: found in {drill.found} of {drill.runs} [{low}, {high}]")
+    print_text(*(f"unreadable: {why}" for _, why in found.unreadable[:SUSPICIOUS]))
+    print_text(*found.notes, *(f"tested: {line}" for line in found.tested))
+    print_text(*(f"not tested: {line}" for line in found.not_tested))
+    print_text(f"{found.suspects} beside {found.clean}: {found.seconds:.0f} s")
     if page:
         print_text(f"page: {page}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +15,16 @@ from blto.errors import ConfigError
 from blto.files import show
 from blto.files.yaml import parse_value
 
+
+class DataExecutor(StrEnum):
+    """Where the images of a scan are read."""
+
+    SERIAL = "serial"
+    PROCESSES = "processes"
+    RAY = "ray"
+
+
 app = typer.Typer(help="Is it backdoored, and how sure is that?", no_args_is_help=True, rich_markup_mode="rich")
-
-
-@app.callback()
-def _group() -> None:
-    """So that there are commands below `scan`, even while there is one."""
 
 
 @app.command()
@@ -93,3 +98,66 @@ def encoder(
     )
     output.print_scan(found, page=page, as_json=as_json)
     raise typer.Exit(found.judgement.verdict.exit_code)
+
+
+@app.command()
+def data(
+    images: Annotated[
+        str, typer.Argument(metavar="DIR", help="A folder of images, with or without class folders; or a data set.")
+    ],
+    clean: Annotated[
+        str | None,
+        typer.Option(help="Images of the same kind that are known to be clean, likewise.", show_default=False),
+    ] = None,
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A detector, or {name: repeated_windows, window: 7}; may be given again.", show_default=False
+        ),
+    ] = None,
+    drill: Annotated[float, typer.Option(metavar="RATE", help="Poison such a share of clean images, and scan.")] = 0.0,
+    alpha: Annotated[float, typer.Option(help="Chance at which clean images may be called suspect.")] = 0.05,
+    skip_bad: Annotated[int, typer.Option(metavar="N", help="Leave out up to N images that cannot be read.")] = 0,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=8, max=1024, help="Of the squares for frequencies; else as the images.", show_default=False),
+    ] = None,
+    executor: Annotated[DataExecutor, typer.Option(help="Where the images are read.")] = DataExecutor.SERIAL,
+    workers: Annotated[int | None, typer.Option(help="Of processes, or on Ray.", show_default=False)] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, host:port; else one is started here.", show_default=False)
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="An HTML page to write.", show_default=False)] = None,
+    sarif: Annotated[Path | None, typer.Option(help="A SARIF file to write.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every choice.")] = 0,
+    store: Store = Path("runs"),
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Look for traces of poisoning in unlabeled images, beside clean ones."""
+    found = blto.scan_data(
+        _place_or_mapping(images, "DIR"),
+        clean=None if clean is None else _place_or_mapping(clean, "--clean"),
+        detectors=[parse_value(each, "--detector") for each in detector] if detector else None,
+        drill=drill,
+        alpha=alpha,
+        seed=seed,
+        skip_bad=skip_bad,
+        image_size=image_size,
+        executor=executor.value,
+        workers=workers,
+        address=address,
+        page=page,
+        sarif=sarif,
+        store=store,
+        data_root=data_root,
+        quiet=quiet,
+    )
+    output.print_data_scan(found, page=page, as_json=as_json)
+    raise typer.Exit(found.judgement.verdict.exit_code)
+
+
+def _place_or_mapping(given: str, where: str) -> Any:
+    """A mapping where it is written as one; else a folder or a name, as it stands."""
+    return parse_value(given, where) if given.startswith("{") else given

@@ -34,9 +34,13 @@ def decode_square(data: bytes, name: str, size: int | None) -> Pixels:
             f"{show(name)}: {width}x{height} is not square; set image_size to cut and resize all images.",
             code="IMAGE-REFUSED",
         )
-    if size is not None and (height, width) != (size, size):
-        fitted = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BILINEAR)
-        pixels = np.asarray(fitted)
+    return to_square(pixels, size or height)
+
+
+def to_square(pixels: Pixels, size: int) -> Pixels:
+    """The largest centred square of (H, W, 3), resized with antialiasing: (3, size, size); an exact fit is kept."""
+    if pixels.shape[:2] != (size, size):
+        pixels = np.asarray(ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BILINEAR))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

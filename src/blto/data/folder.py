@@ -120,10 +120,10 @@ def list_images(base: Path, folder: Path) -> list[Path]:
 
 
 def walk(base: Path, folder: Path) -> Iterator[Path]:
-    """Everything below `folder` that is not a folder; pipes and devices are refused when they are read."""
+    """All below `folder` but folders, by name, folder by folder; pipes and devices are refused when they are read."""
     refuse_foreign(base, folder)
     with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
             path = Path(entry.path)
             if entry.name.startswith("."):
                 continue

@@ -49,6 +49,8 @@ class ViewRecipe(BaseModel):
         solarize_threshold: a fraction of the pixel range.
         jitter_coin: whether color jitter happens is drawn for each "sample", or once for each view of a "batch", as in
             CTRL's code; the strengths are each sample's own in both.
+        crop_margin: null draws every view's crop from the whole image. A number draws those of later views from the
+            first view's crop, enlarged all around by this share of its height and width (localized cropping).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -67,6 +69,7 @@ class ViewRecipe(BaseModel):
     solarize_probability: PerView = (0.0, 0.0)
     solarize_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     jitter_coin: Annotated[Literal["sample", "batch"], later_option("sample")] = "sample"
+    crop_margin: Annotated[Annotated[float, Field(ge=0, le=1)] | None, later_option(None)] = None
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> Self:
@@ -194,6 +197,7 @@ def draw(
         ranges,
         np.array(recipe.blur_sigma),
         recipe.solarize_threshold,
+        -1.0 if recipe.crop_margin is None else float(recipe.crop_margin),
         parameters.arrays,
     )
     return parameters

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from blto.defenses.base import Conditions, DatasetFilter, Images, Scores
+from blto.defenses.evidence import Evidence
 from blto.defenses.pseudo_classes import Vectors, k_means, principal, pseudo_classes, suspect_features
 from blto.models.encoder import Encoder
 from blto.registry import Card
@@ -56,6 +57,11 @@ class ActivationClustering(DatasetFilter):
         "arXiv 1811.03728",
         2018,
         "the training set without labels and the encoder pretrained on it",
+    )
+    evidence = Evidence(
+        "With classes at 1 it finds the patch at 9.9% in three of three sets, with its default of ten in none; "
+        "at 5% and less, and of BLTO, neither finds enough to remove.",
+        positive="test_feature_filters::test_poisons_that_fill_a_pseudo_class_are_found_in_the_whole_set_alone",
     )
 
     def __init__(

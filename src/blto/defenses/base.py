@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +20,10 @@ import torch
 from torch import Tensor
 
 from blto.data.images import ImageSet
+from blto.defenses.evidence import Evidence
 from blto.errors import Diverged, InputRefused
 from blto.models.encoder import Encoder
+from blto.pretraining.spec import PretrainingSpec
 from blto.runtime.progress import SILENT, Progress
 from blto.runtime.seeds import numpy_generator
 
@@ -35,11 +39,13 @@ class Conditions:
         seed: of all that is drawn.
         device: "cpu" or "cuda".
         progress: where progress goes.
+        learned: what a detector's `learn` has returned; nothing for those that learn nothing.
     """
 
     seed: int = 0
     device: str = "cpu"
     progress: Progress = field(default=SILENT)
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Defense:
@@ -47,9 +53,11 @@ class Defense:
 
     Attributes:
         images: how many clean images it is to be shown, without labels; 0 for none.
+        evidence: whether it may be relied on, and why.
     """
 
     images: int = 0
+    evidence: ClassVar[Evidence] = Evidence()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +68,8 @@ class Inspection:
         score: comparable between encoders of one family on images of one kind.
         flagged: by the method's own published threshold; None where it has none.
         measures: what the score was made from, by name.
-        trigger: the reconstructed one, where there is one: `mask` (1, H, W) and `patch` (3, H, W), in [0, 1].
+        trigger: the reconstructed one, where there is one, in [0, 1]: `mask` (1, H, W) and `patch` (3, H, W); or, where
+            it differs from image to image, a few images `plain` and `triggered`, (N, 3, H, W) both.
         seconds: of wall time.
     """
 
@@ -72,7 +81,25 @@ class Inspection:
 
 
 class EncoderDetector(Defense, ABC):
-    """Says how suspicious an encoder is."""
+    """Says how suspicious an encoder is.
+
+    Attributes:
+        references: how many encoders of the suspect's family that are known to be clean it learns from; 0 for none.
+        learning: the options of which `learn` is a function, so that what it returns can be kept and shared.
+    """
+
+    references: int = 0
+    learning: Mapping[str, Any] = MappingProxyType({})
+
+    def learn(self, references: Sequence[Encoder], images: Images, conditions: Conditions) -> dict[str, Tensor]:
+        """What it has to know of clean encoders of a family, on the CPU; once for all suspects of the family.
+
+        Args:
+            references: `self.references` of them, left as they are.
+            images: as for `inspect`.
+            conditions: where, and from which seed.
+        """
+        return {}
 
     def reason_against(self, encoder: Encoder) -> str | None:
         """Why such an encoder cannot be inspected, as a clause; None where it can."""
@@ -132,6 +159,18 @@ class InputDetector(Defense, ABC):
         """
 
 
+class RecipeChange(Defense, ABC):
+    """Changes the recipe by which a victim is pretrained; a victim that was trained with it tells what it is worth."""
+
+    @abstractmethod
+    def change(self, spec: PretrainingSpec) -> PretrainingSpec:
+        """The changed recipe; `spec` stays as it is.
+
+        Raises:
+            ConfigError: it cannot change such a recipe.
+        """
+
+
 def shown(defense: Defense, images: ImageSet | None, conditions: Conditions) -> Images:
     """As many of the clean images as the defense asks for, drawn from the seed, without labels.
 
@@ -148,6 +187,25 @@ def shown(defense: Defense, images: ImageSet | None, conditions: Conditions) -> 
         return np.empty((0, 3, 1, 1), np.uint8)
     draw = numpy_generator(conditions.seed, "defense", "images")
     return np.ascontiguousarray(images.images[np.sort(draw.choice(there, defense.images, replace=False))])
+
+
+def learn_from(
+    detector: EncoderDetector, references: Sequence[Encoder], images: ImageSet | None, conditions: Conditions
+) -> Conditions:
+    """The conditions under which a detector inspects, with what it learned of clean encoders.
+
+    Raises:
+        InputRefused: too few images, or fewer clean encoders than it learns from.
+    """
+    if len(references) < detector.references:
+        raise InputRefused(
+            f"{len(references)} clean encoders, and the defense learns from {detector.references}; give more, or lower "
+            "its option references."
+        )
+    if not detector.references:
+        return conditions
+    taken = [encoder.eval() for encoder in references[: detector.references]]
+    return replace(conditions, learned=detector.learn(taken, shown(detector, images, conditions), conditions))
 
 
 def inspect_encoder(

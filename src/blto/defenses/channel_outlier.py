@@ -9,6 +9,7 @@ from torch import nn
 
 from blto.defenses.base import Conditions, EncoderDetector, Images, Inspection
 from blto.defenses.clp import channel_bounds, pair
+from blto.defenses.evidence import Evidence
 from blto.errors import InputRefused
 from blto.models.encoder import Encoder
 from blto.registry import Card
@@ -25,9 +26,15 @@ class ChannelOutlier(EncoderDetector):
     """
 
     card = Card(
-        "strongest channel",
+        "Strongest channel",
         "how far the channel that reacts most strongly stands out of its layer",
         threat_model="the encoder alone",
+    )
+    evidence = Evidence(
+        "It tells ten of ten encoders whose training images carried a patch from clean ones; of BadEncoder's and "
+        "BLTO's none.",
+        must_show="test_channel_outlier::test_a_planted_channel_stands_out_and_in_its_layer_alone",
+        positive="test_channel_outlier::test_encoders_taught_a_patch_by_their_training_images_stand_out_of_clean_ones",
     )
 
     def reason_against(self, encoder: Encoder) -> str | None:

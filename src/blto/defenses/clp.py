@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from blto.defenses.base import Conditions, EncoderRepair, Images
+from blto.defenses.evidence import Evidence
 from blto.errors import Diverged, InputRefused
 from blto.evaluation.features import is_finite
 from blto.files import show
@@ -133,6 +134,12 @@ class CLP(EncoderRepair):
         "arXiv 2208.03111",
         2022,
         "the encoder alone",
+    )
+    evidence = Evidence(
+        "On three of three patch victims the ASR falls from 82% to 10%, for a point of accuracy; BadEncoder's and "
+        "BLTO's stay as they are.",
+        must_show="test_clp::test_a_large_u_is_the_identity_and_a_small_one_is_not",
+        positive="test_clp::test_the_planted_channel_is_pruned_and_no_other_and_the_trigger_is_dead",
     )
 
     def __init__(self, *, u: Annotated[float, Field(ge=0)] = 3.0) -> None:

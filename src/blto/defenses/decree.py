@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from blto.defenses.base import Conditions, EncoderDetector, Images, Inspection
+from blto.defenses.evidence import Evidence
 from blto.defenses.inversion import WINDOWS_A_SIDE, Differentiable, MaskedPatch, differentiable, mean_cosine
 from blto.models.encoder import Encoder
 from blto.pretraining.loop import batch_rows
@@ -79,6 +80,12 @@ class DECREE(EncoderDetector):
         2023,
         "the encoder and clean images without labels",
     )
+    evidence = Evidence(
+        "Begun in windows, as the scan does, it finds nine of ten BadEncoders, with the paper's one random start "
+        "two; it sees neither the patch in training images nor BLTO.",
+        must_show="test_decree::test_a_planted_patch_is_found_and_far_smaller_than_what_a_clean_encoder_needs",
+        positive="test_decree::test_windows_find_a_patch_where_one_random_start_misses_it",
+    )
 
     def __init__(
         self,
@@ -117,7 +124,7 @@ class DECREE(EncoderDetector):
             return Inspection(0.0, flagged=False, measures={"steps": steps})
         share = best.norm / (3 * images.shape[-1] ** 2)
         measures = {"relative_norm": share, "cosine": best.cosine, "steps": steps}
-        return Inspection(1 - share, share < THRESHOLD, measures, {"mask": best.mask, "patch": best.patch})
+        return Inspection(1 - share, share < THRESHOLD, measures, best.trigger)
 
     def _invert(
         self, features: Differentiable, images: Images, seed: int, start: int, best: _Best
@@ -154,7 +161,7 @@ class _Best:
     def __init__(self) -> None:
         self.norm: float | None = None
         self.cosine = 0.0
-        self.mask = self.patch = torch.empty(0)
+        self.trigger: dict[str, Tensor] = {}
 
     def told(self) -> str:
         """For the progress bar."""
@@ -164,10 +171,5 @@ class _Best:
         """Whether this one is smaller; then it is kept."""
         if self.norm is not None and norm >= self.norm:
             return False
-        self.norm, self.cosine = norm, cosine
-        self.mask, self.patch = _kept(stamp.mask), _kept(stamp.patch)
+        self.norm, self.cosine, self.trigger = norm, cosine, stamp.kept()
         return True
-
-
-def _kept(values: Tensor) -> Tensor:
-    return values.detach().cpu().clone()

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from blto.defenses.base import Conditions, DatasetFilter, Images, Scores
+from blto.defenses.evidence import Evidence
 from blto.errors import InputRefused
 from blto.models.encoder import Encoder
 from blto.poisoning.frequency import RGB_TO_YUV, dct, rgb_to_yuv
@@ -65,6 +66,11 @@ class FrequencyScreening(DatasetFilter):
         "arXiv 2104.03413",
         2021,
         "the training set without labels",
+    )
+    evidence = Evidence(
+        "It finds CTRL at magnitude 50 and a patch of 12 pixels, on two of two sets each; it does not find BLTO.",
+        must_show="test_frequency_screening::test_ctrl_is_found",
+        positive="test_frequency_screening::test_a_patch_of_fine_detail_is_found",
     )
     needs_encoder = False
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blto.data.view_backends.batched import blur_matrix, separable
 from blto.defenses.base import Conditions, Images, InputDetector, Scores
+from blto.defenses.evidence import Evidence
 from blto.defenses.frequency_screening import MAD_TO_DEVIATION
 from blto.defenses.pseudo_classes import suspect_features
 from blto.errors import InputRefused
@@ -91,6 +92,11 @@ class InputConsistency(InputDetector):
         "arXiv 2403.15918",
         2024,
         "the encoder, images in use, and clean images without labels",
+    )
+    evidence = Evidence(
+        "It sees CTRL's pixels and the patch's with chroma_blur, on a clean encoder as well; nothing shows that "
+        "it sees a backdoor.",
+        positive="test_input_consistency::test_a_planted_reaction_to_ctrl_is_found",
     )
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,14 @@ class Differentiable:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> float32 features (B, D)."""
-        with self._fabric.autocast():
+        with self.autocast():
             features: Tensor = self.encoder(images)
         return features.float()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision in which features are computed, for a generator before them."""
+        found: AbstractContextManager[None] = self._fabric.autocast()
+        return found
 
 
 @contextmanager
@@ -89,6 +94,10 @@ class MaskedPatch(nn.Module):
         """(B, 3, S, S) in [0, 1] -> the same, stamped."""
         mask = self.mask
         return (1 - mask) * images + mask * self.patch
+
+    def kept(self) -> dict[str, Tensor]:
+        """As it is now: `mask` and `patch`, as in an `Inspection`."""
+        return {"mask": self.mask.detach().cpu(), "patch": self.patch.detach().cpu()}
 
 
 def _raw(values: Tensor) -> Tensor:

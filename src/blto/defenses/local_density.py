@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from blto.defenses.base import Conditions, DatasetFilter, Images, Scores
+from blto.defenses.evidence import Evidence
 from blto.defenses.pseudo_classes import Rows, Vectors, suspect_features, unit
 from blto.errors import ConfigError, InputRefused
 from blto.evaluation.neighbours import nearest
@@ -90,6 +91,10 @@ class LocalDensity(DatasetFilter):
         "arXiv 2502.01385",
         2025,
         "the training set without labels and the encoder pretrained on it",
+    )
+    evidence = Evidence(
+        "It finds no poisons: those of the patch and of BLTO lie closer together than clean images, not apart.",
+        must_show="test_feature_filters::test_measures_are_their_definitions",
     )
 
     def __init__(

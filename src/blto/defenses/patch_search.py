@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from blto.defenses.base import Conditions, DatasetFilter, Images, Scores
+from blto.defenses.evidence import Evidence
 from blto.defenses.grad_cam import hottest_windows
 from blto.defenses.poison_classifier import ClassifierSpec, poison_probability
 from blto.defenses.pseudo_classes import k_means
@@ -87,6 +88,11 @@ class PatchSearch(DatasetFilter):
         "arXiv 2304.01482",
         2023,
         "the training set without labels and the encoder pretrained on it",
+    )
+    evidence = Evidence(
+        "With a window larger than the patch its 20 highest scores are poisons, on two of two sets; not BLTO.",
+        must_show="test_patch_search::test_top_20_precision_on_a_planted_patch_is_above_90_percent",
+        positive="test_patch_search::test_the_whole_filter_scores_every_image_and_repeats_itself",
     )
 
     def __init__(

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from blto.defenses.base import Conditions, DatasetFilter, Images, Scores
+from blto.defenses.evidence import Evidence
 from blto.defenses.pseudo_classes import Vectors, principal, pseudo_classes, suspect_features
 from blto.models.encoder import Encoder
 from blto.registry import Card
@@ -41,6 +42,11 @@ class SpectralSignatures(DatasetFilter):
         "arXiv 1811.00636",
         2018,
         "the training set without labels and the encoder pretrained on it",
+    )
+    evidence = Evidence(
+        "With classes at 1 it finds the patch at 9.9% and 5% in four of four sets, with its default of ten in "
+        "none; at 2% and less, and of BLTO, neither finds enough to remove.",
+        must_show="test_feature_filters::test_a_spectral_score_is_the_squared_projection_within_the_pseudo_class",
     )
 
     def __init__(self, *, classes: Annotated[int, Field(ge=1)] = 10) -> None:

@@ -61,7 +61,7 @@ def pretrain_stage(
     spec: ExperimentSpec, images: ImageSet, environment: Environment, *, title: str = "pretrain"
 ) -> StageFolder:
     """Train an encoder on unlabeled images, or find it trained: `encoder.safetensors` and snapshots of its training."""
-    recipe = spec.pretraining
+    recipe = spec.recipe
     check_recipe(recipe, images)
     inputs = {"pretraining": recipe.model_dump(mode="json"), "images": images.content_hash, "seed": spec.seed}
     stage = environment.store.stage("pretrain", inputs)
@@ -93,7 +93,7 @@ def tamper_stage(
     """Let the attack change the clean twin, or find it changed; the folder is like that of a pretraining."""
     attack = build_attack(spec, data)
     assert isinstance(attack, EncoderTampering)
-    recipe, size = spec.pretraining, data.attacker.image_size
+    recipe, size = spec.recipe, data.attacker.image_size
     clean = sha256_file(twin.path / ENCODER)
     inputs = {"attack": spec.attack, "images": data.attacker.content_hash, "seed": spec.seed, "encoder": clean}
     stage = environment.store.stage("tamper", inputs)
@@ -137,9 +137,9 @@ def run_all(specs: Sequence[ExperimentSpec], environment: Environment) -> list[R
     if missing:
         data = load_data(missing[0], environment)
         for spec in missing:
-            check_recipe(spec.pretraining, data.train)
+            check_recipe(spec.recipe, data.train)
             build_attack(spec, data)
-        say_engine("pretraining", missing[0].pretraining, data.train, environment)  # which they share
+        say_engine("pretraining", missing[0].recipe, data.train, environment)  # which they share
         for spec in missing:
             _run(spec, data, environment)
     return [environment.store.load(spec.run_id) for spec in specs]
@@ -164,7 +164,7 @@ def _run(spec: ExperimentSpec, data: Data, environment: Environment) -> None:
         record = conclude(
             spec.model_dump(mode="json"),
             environment.store.folder(spec.run_id),
-            views=spec.pretraining.views,
+            views=spec.recipe.views,
             train=data.train,
             test=data.test,
             trigger=trigger,

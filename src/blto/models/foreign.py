@@ -2,20 +2,20 @@
 
 A checkpoint is searched for the mapping, the prefix and the spelling of names under which most of the architecture's
 tensors are found. So MoCo's `module.encoder_q.`, Lightning's `state_dict`, solo-learn's `backbone.`, the numbers of an
-`nn.Sequential` of torchvision's layers, and torchvision's names for blto's own ResNet-18 need no option. (The layers of
-lightly's `ResNetGenerator` in an `nn.Sequential` fit no architecture here: that net has lost its first ReLU.)
+`nn.Sequential` of torchvision's layers, torchvision's names for blto's own ResNet-18, and EfficientNet-PyTorch's for
+timm's nets need no option. (The layers of lightly's `ResNetGenerator` in an `nn.Sequential` fit no architecture here:
+that net has lost its first ReLU.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from blto.errors import ConfigError, InputRefused
@@ -24,9 +24,10 @@ from blto.files.reading import GIB
 from blto.files.text import show
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import CIFAR_MEAN, CIFAR_STD, Encoder, build_encoder
-from blto.models.places import Place, preference, search, spellings_of
+from blto.models.places import Place, preference, search
+from blto.models.soundness import of_kind, require_features, require_finite
+from blto.models.spellings import Spelling, difference, spellings_of
 
-Array = npt.NDArray[Any]
 Channels = tuple[float, float, float]
 
 COUNTER = "num_batches_tracked"
@@ -43,6 +44,8 @@ class Imported:
         place: where in the file the weights were: the mapping and the prefix of their names.
         unexpected: names of tensors there that the architecture does not have, such as heads.
         others: further places at which the same architecture was found whole.
+        spelling: how its names were read, see `spellings_of`.
+        differs: a sentence, where its names tell that the architecture computes something else with these weights.
     """
 
     encoder: Encoder
@@ -52,6 +55,8 @@ class Imported:
     place: str
     unexpected: tuple[str, ...]
     others: tuple[str, ...]
+    spelling: str
+    differs: str
 
 
 def import_encoder(
@@ -85,12 +90,13 @@ def import_encoder(
     checkpoint = read_checkpoint(path, max_bytes=max_bytes)
     own = encoder.backbone.state_dict()
     wanted = {name: tuple(value.shape) for name, value in own.items()}
-    found = search(checkpoint.groups, wanted, spellings_of(encoder), key_prefix)
+    spellings = spellings_of(encoder)
+    found = search(checkpoint.groups, wanted, spellings, key_prefix)
     needed = {name for name in wanted if not name.endswith(COUNTER)}
     ranked = sorted(found, key=lambda place: (-len(needed & found[place].keys()), preference(place), str(place)))
     complete = [place for place in ranked if needed <= found[place].keys()]
     if not complete:
-        raise _missing(checkpoint, ranked[0] if ranked else None, found, wanted, needed, show(str(arch), 60))
+        raise _missing(checkpoint, ranked[:1], found, wanted, needed, spellings, show(str(arch), 60))
     best = complete[0]
     if len(complete) > 1 and preference(best) == preference(complete[1]):
         several = ", ".join(show(str(place), 60) for place in complete[:3])
@@ -100,10 +106,10 @@ def import_encoder(
         )
     arrays = checkpoint.arrays(best.group)
     names = found[best]
-    state = {name: _of_kind(arrays[source], own[name], source, checkpoint.name) for name, source in names.items()}
-    _require_finite(state, checkpoint.name)
+    state = {name: of_kind(arrays[source], own[name], source, checkpoint.name) for name, source in names.items()}
+    require_finite(state, checkpoint.name)
     encoder.backbone.load_state_dict(own | {name: torch.from_numpy(value) for name, value in state.items()})
-    _require_features(encoder.eval(), image_size, checkpoint.name)
+    require_features(encoder.eval(), image_size, checkpoint.name)
     used = set(names.values())
     unexpected = [name for name in arrays if name.startswith(best.prefix) and name not in used]
     return Imported(
@@ -114,6 +120,8 @@ def import_encoder(
         str(best),
         tuple(sorted(unexpected)),
         tuple(str(place) for place in complete[1:]),
+        best.spelling,
+        difference(best.spelling, encoder, show(str(arch), 60)),
     )
 
 
@@ -138,68 +146,42 @@ def _built(arch: str | Mapping[str, Any], image_size: int, mean: Channels, std: 
 
 def _missing(
     checkpoint: Checkpoint,
-    best: Place | None,
+    ranked: Sequence[Place],
     found: Mapping[Place, Mapping[str, str]],
     wanted: Mapping[str, tuple[int, ...]],
     needed: set[str],
+    spellings: Mapping[str, Spelling],
     what: str,
 ) -> InputRefused:
     """Why no place is complete: the tensors that the best one lacks, or has in another shape."""
-    if best is None or not needed & found[best].keys():
+    if not ranked or not needed & found[ranked[0]].keys():
         text = f"none of the {len(needed)} tensors of {what} is in it, by name and shape"
         return InputRefused(f"{checkpoint.name}: {text}. Give another arch or key_prefix.", code=CODE)
+    best = ranked[0]
     lacking = sorted(needed - found[best].keys())
-    shapes = checkpoint.groups[best.group]
-    shaped = [name for name in lacking if best.prefix + name in shapes]
+    start, respelled = len(best.prefix), spellings[best.spelling]
+    group = checkpoint.groups[best.group]
+    shapes = {respelled(name[start:]): shape for name, shape in group.items() if name.startswith(best.prefix)}
+    shaped = [name for name in lacking if name in shapes]
     first = lacking[0]
     detail = show(first, 60)
     if shaped:
         first = shaped[0]
-        detail = f"{show(first, 60)} has shape {shapes[best.prefix + first]}, not {wanted[first]}"
+        detail = f"{show(first, 60)} has shape {shapes[first]}, not {wanted[first]}"
     text = f"{len(lacking)} of {len(needed)} tensors of {what} are missing at {show(str(best), 60)} ({detail})"
     return InputRefused(f"{checkpoint.name}: {text}. Give another arch or key_prefix.", code=CODE)
 
 
 def load(path: Path, arch: str | Mapping[str, Any] | None = None, **options: Any) -> Encoder:
-    """An encoder of blto's own, or, with an architecture's name, one of others; `options` as in `import_encoder`."""
+    """An encoder of blto's own, or, with an architecture's name, one of others; `options` as in `import_encoder`.
+
+    Warns where the architecture is known to compute something else with the file's weights.
+    """
     if arch is not None:
-        return import_encoder(path, arch, **options).encoder
+        found = import_encoder(path, arch, **options)
+        if found.differs:
+            warnings.warn(f"{show(path)}: {found.differs}", stacklevel=3)
+        return found.encoder
     if options:
         raise ConfigError(f"{', '.join(options)}: only for an encoder that others have trained; give arch as well.")
     return load_encoder(path)
-
-
-def _of_kind(value: Array, own: torch.Tensor, name: str, file: str) -> Array:
-    """The array as the architecture has it, floats as float32. Raises InputRefused for another kind of numbers."""
-    if (value.dtype.kind == "f") != own.is_floating_point():
-        raise InputRefused(
-            f"{file}: {show(name, 60)} holds {value.dtype}, where the architecture has {show(str(own.dtype))}. "
-            "Ask its author for the weights as they were trained.",
-            code=CODE,
-        )
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
-        return np.array(value, np.float32 if own.is_floating_point() else np.int64)
-
-
-def _require_finite(state: Mapping[str, Array], name: str) -> None:
-    """Raises InputRefused with how many tensors hold NaN or Inf, and the first."""
-    bad = [key for key, value in state.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
-    if bad:
-        raise InputRefused(
-            f"{name}: {len(bad)} of {len(state)} tensors hold NaN or Inf (first: {show(bad[0], 60)}). "
-            "Ask its author for an encoder whose training did not diverge.",
-            code="CKPT-NAN",
-        )
-
-
-def _require_features(encoder: Encoder, image_size: int, name: str) -> None:
-    """Raises InputRefused where weights that are numbers give features that are none."""
-    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        finite = bool(torch.isfinite(encoder(images)).all())
-    if not finite:
-        raise InputRefused(
-            f"{name}: its features of two images of noise hold NaN or Inf, though its weights do not. "
-            "Ask its author for an encoder whose training did not diverge.",
-            code="CKPT-NAN",
-        )

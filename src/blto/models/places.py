@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from blto.models.backbones import ResNet
-from blto.models.encoder import Encoder
-
-Spelling = Callable[[str], str]
+from blto.models.spellings import Spelling
 
 PREFERRED = ("encoder_q", "online", "teacher", "student", "backbone", "encoder")
 """Of several nets that fit equally well, the one whose place has one of these as a part of its path, or as the
 beginning of one, the first first."""
 LONGEST_NAME = 512
-NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-"""Of the layers of torchvision's ResNets, in order, those that have weights."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ def search(
     Args:
         groups: of a checkpoint, see `Checkpoint`.
         wanted: the architecture's names and shapes.
-        spellings: see `spellings_of`.
+        spellings: see `spellings.spellings_of`.
         key_prefix: only the places with that prefix of names, or with that path in the file.
     """
     most_dots = max(name.count(".") for name in wanted)
@@ -87,40 +81,3 @@ def preference(place: Place) -> int:
         if any(part.startswith(word) for part in parts):
             return 2 * rank + 1
     return 2 * len(PREFERRED)
-
-
-def spellings_of(encoder: Encoder) -> dict[str, Spelling]:
-    """How names may be spelled: as they are, as torchvision has them, or by their numbers in an `nn.Sequential`."""
-    backbone = encoder.backbone
-    if not isinstance(backbone, ResNet):
-        return {"as they are": str, "as a sequence of torchvision's layers": _from_numbers}
-    own = _from_torchvision(backbone)
-
-    def numbered(name: str) -> str:
-        named = _from_numbers(name)
-        return name if named == name else own(named)
-
-    return {"as they are": str, "as torchvision has them": own, "as a sequence of torchvision's layers": numbered}
-
-
-def _from_numbers(name: str) -> str:
-    """`0.weight` is `conv1.weight`, `1.bias` is `bn1.bias`, `5.0.conv1.weight` is `layer2.0.conv1.weight`."""
-    head, _, rest = name.partition(".")
-    return f"{NUMBERED[head]}.{rest}" if head in NUMBERED else name
-
-
-def _from_torchvision(backbone: ResNet) -> Spelling:
-    """torchvision's name of a tensor of a basic-block ResNet to the name that blto's has for it."""
-    counts = backbone.blocks
-
-    def respelled(name: str) -> str:
-        if match := re.fullmatch(r"(conv1|bn1)\.(.+)", name):
-            return f"stem.{0 if match[1] == 'conv1' else 1}.{match[2]}"
-        if match := re.fullmatch(r"layer(\d)\.(\d)\.(.+)", name):
-            stage, block = int(match[1]) - 1, int(match[2])
-            if not 0 <= stage < len(counts) or block >= counts[stage]:
-                return name
-            return f"stages.{sum(counts[:stage]) + block}.{match[3].replace('downsample', 'shortcut')}"
-        return name
-
-    return respelled

@@ -101,6 +101,7 @@ def pretrain(
     checkpoint_seconds: float = 60.0,
     progress: Progress = SILENT,
     title: str = "pretrain",
+    method: SSLMethod | None = None,
 ) -> Pretrained:
     """Train an encoder on unlabeled images.
 
@@ -119,9 +120,11 @@ def pretrain(
         observations: how often after the start, at most; evenly spaced over the epochs.
         checkpoint_seconds: wall time between checkpoints; no result depends on it.
         progress, title: where progress goes, and under which name.
+        method: what is trained, in place, instead of the fresh one that the spec's method and backbone describe. It
+            takes no folder: a checkpoint could not tell where the training began.
 
     Raises:
-        ValueError: the images carry labels.
+        ValueError: the images carry labels, or a method comes with a folder.
         ConfigError: fewer images than one batch, or a batch that the processes cannot share.
         Diverged: the loss became NaN or Inf.
         Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a folder.
@@ -129,6 +132,8 @@ def pretrain(
     """
     if images.labels is not None:
         raise ValueError("a victim sees no labels: pass images.without_labels()")
+    if method is not None and folder is not None:
+        raise ValueError("a method that is given leaves no checkpoints: pass no folder")
     if len(images) < spec.batch_size:
         raise ConfigError(
             f"batch_size is {spec.batch_size}, but there are {len(images)} training images; give at most that many."
@@ -140,13 +145,16 @@ def pretrain(
         )
     if spec.views.jitter_coin == "batch" and not alone:
         raise ConfigError('views.jitter_coin is "batch", which is for one process; give "sample", or start one.')
+    if spec.method.get("i_cutmix") and not alone:
+        raise ConfigError("method.i_cutmix is above 0, which is for one process; give 0, or start one.")
     run_seed = stream_seed(seed, "pretrain")
     steps_per_epoch = len(images) // spec.batch_size
     trainer = Trainer(
-        build_method(spec, seed=run_seed, image_size=images.image_size),
+        method or build_method(spec, seed=run_seed, image_size=images.image_size),
         optimizer=spec.optimizer,
         total_steps=spec.epochs * steps_per_epoch,
         warmup_steps=round(spec.warmup_epochs * steps_per_epoch),
+        seed=run_seed,
         device=device,
         precision=spec.precision,
         engine=spec.engine,

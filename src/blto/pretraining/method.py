@@ -20,6 +20,8 @@ class SSLMethod(nn.Module, ABC):
     encoder: Encoder
     views_per_pass: ClassVar[int] = 1
     """How many views of the batch go through the encoder at once."""
+    i_cutmix: float = 0.0
+    """The alpha of `mixing.cutmix`, for methods that have `mixed_losses`; 0 mixes nothing."""
 
     @abstractmethod
     def losses(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -29,9 +31,13 @@ class SSLMethod(nn.Module, ABC):
     def project(self, features: Tensor) -> Tensor:
         """Features (B, D) -> embeddings (B, d): the space in which the method's loss compares views."""
 
+    def mixed_losses(self, views: Sequence[Tensor], share: Tensor) -> dict[str, Tensor]:
+        """The same as `losses` where `mixing.cutmix` has mixed the first view, of which `share` is each image's own."""
+        raise NotImplementedError
+
     def after_step(self, progress: float) -> None:  # most methods have nothing to do here
         """Called after each optimiser step; `progress` is the share of training done, in (0, 1]."""
 
-    def forward(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The same as `losses`: Fabric autocasts what goes through `forward`."""
-        return self.losses(views)
+    def forward(self, views: Sequence[Tensor], share: Tensor | None = None) -> dict[str, Tensor]:
+        """`losses`, or `mixed_losses` where there is a share: Fabric autocasts what goes through `forward`."""
+        return self.losses(views) if share is None else self.mixed_losses(views, share)

@@ -20,6 +20,7 @@ from blto.models.native.library import find_kernels
 from blto.pretraining import METHODS
 from blto.pretraining.lars import LARS
 from blto.pretraining.method import SSLMethod
+from blto.pretraining.mixing import cutmix
 from blto.pretraining.spec import Engine, OptimizerSpec, RecipeSpec
 from blto.runtime.device import (
     Precision,
@@ -108,6 +109,7 @@ class Trainer:
         method: encoder and heads; moved to the device, the encoder in the memory format that suits its engine.
         optimizer: optimiser and peak learning rate.
         total_steps, warmup_steps: length of the schedule.
+        seed: of what a step draws itself, which is i-CutMix's box.
         device, precision: as in `runtime.device`.
         engine: "fast" trains through the native kernels where they fit (a residual net, bf16, a CPU with AMX); every
             other step, and every step of "reference", is plain torch.
@@ -134,6 +136,7 @@ class Trainer:
         optimizer: OptimizerSpec,
         total_steps: int,
         warmup_steps: int = 0,
+        seed: int = 0,
         device: str = "auto",
         precision: Precision = "auto",
         engine: Engine = "fast",
@@ -155,7 +158,7 @@ class Trainer:
         words = find_kernels()[1] if native else GRAPHS if cuda_graphs else "plain torch"
         processes = f", {process_count()} processes" if process_count() > 1 else ""
         self.arithmetic = f"{self.precision}, {words}{processes}"
-        self._peak = optimizer.lr
+        self._peak, self._seed = optimizer.lr, seed
         self.total_steps, self.warmup_steps = total_steps, warmup_steps
         self.step = 0
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.fabric.device)
@@ -167,7 +170,7 @@ class Trainer:
             group["lr"] = self._peak * factor
         if not self.method.training:  # else a walk through all modules in every step
             self.method.train()
-        losses: dict[str, Tensor] = self._wrapped(views)
+        losses: dict[str, Tensor] = self._mixed(views) if self.method.i_cutmix else self._wrapped(views)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(losses["loss"])
         self.optimizer.step()
@@ -177,3 +180,9 @@ class Trainer:
         is_first_bad = (self.first_bad_step < 0) & ~torch.isfinite(detached["loss"])
         self.first_bad_step = torch.where(is_first_bad, self.step - 1, self.first_bad_step)
         return detached
+
+    def _mixed(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The losses with the first view mixed."""
+        mixed, share = cutmix(views[0], self.method.i_cutmix, seed=self._seed, step=self.step)
+        losses: dict[str, Tensor] = self._wrapped([mixed, *views[1:]], share)
+        return losses

@@ -39,7 +39,7 @@ def uniform(key: Any, slot: int) -> float:
 
 
 @kernel()
-def draw_crop(key: Any, height: int, width: int, area: Array, ratio: Array, box: Array) -> None:
+def draw_crop(key: Any, height: int, width: int, area: Any, ratio: Array, box: Array) -> None:
     """Random resized crop as in torchvision's `RandomResizedCrop.get_params`; `box` becomes (y, x, h, w)."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(CROP_TRIES):
@@ -61,6 +61,20 @@ def draw_crop(key: Any, height: int, width: int, area: Array, ratio: Array, box:
 
 
 @kernel()
+def draw_crop_near(
+    key: Any, first: Array, margin: float, height: int, width: int, area: Array, ratio: Array, box: Array
+) -> None:
+    """A crop inside the box `first` enlarged by `margin` of its sides all around, of `area` of the whole image."""
+    down, across = int(margin * first[2]), int(margin * first[3])
+    top, left = max(first[0] - down, 0), max(first[1] - across, 0)
+    h, w = min(first[0] + first[2] + down, height) - top, min(first[1] + first[3] + across, width) - left
+    whole = height * width / (h * w)
+    draw_crop(key, h, w, (min(area[0] * whole, 1.0), min(area[1] * whole, 1.0)), ratio, box)
+    box[0] += top
+    box[1] += left
+
+
+@kernel()
 def draw_parameters(
     seed: Any,
     epoch: Any,
@@ -74,17 +88,27 @@ def draw_parameters(
     ranges: Array,
     sigma: Array,
     threshold: float,
+    margin: float,
     out: Arrays,
 ) -> None:
     """Fill the parameter arrays of `ViewParameters`; row b depends on (seed, epoch, samples[b], view) alone.
 
-    `chances` = probability of (flip, jitter, gray, blur, solarize); `ranges` (4, 2) = low and high of the four factors.
+    `chances` = probability of (flip, jitter, gray, blur, solarize); `ranges` (4, 2) = low and high of the four factors;
+    with a `margin` of 0 or more, later views are cropped near the first one.
     """
     boxes, flips, orders, factors, grays, sigmas, thresholds = out
-    run = mix(mix(mix(seed + GOLDEN) ^ epoch) + view)
+    epochs = mix(mix(seed + GOLDEN) ^ epoch)
+    run, first_run = mix(epochs + view), mix(epochs)
+    localized = margin >= 0 and view > 0
+    first = np.empty(4, np.int32)
     for b in range(samples.shape[0]):
-        key = mix(run ^ mix(np.uint64(samples[b]) + GOLDEN))
-        draw_crop(key, height, width, area, ratio, boxes[b])
+        sample = mix(np.uint64(samples[b]) + GOLDEN)
+        key = mix(run ^ sample)
+        if localized:
+            draw_crop(mix(first_run ^ sample), height, width, area, ratio, first)
+            draw_crop_near(key, first, margin, height, width, area, ratio, boxes[b])
+        else:
+            draw_crop(key, height, width, area, ratio, boxes[b])
         flips[b] = uniform(key, SLOT_FLIP) < chances[0]
         for op in range(4):
             orders[b, op] = op

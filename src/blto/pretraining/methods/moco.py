@@ -15,7 +15,8 @@ from torch import Tensor
 
 from blto.models.encoder import Encoder
 from blto.pretraining.method import SSLMethod
-from blto.registry import Card
+from blto.pretraining.mixing import n_pair
+from blto.registry import Card, later_option
 from blto.runtime.distributed import gather
 
 
@@ -67,6 +68,7 @@ class MoCo(SSLMethod):
         ema_momentum: of the moving average, the same in all steps (papers: 0.999, over a million steps).
         hidden_dim: width of the projection head's hidden layer (v2: 2048).
         output_dim: size of the embeddings (papers: 128).
+        i_cutmix: alpha of i-CutMix; 0 is without it. With it the other keys of the batch are negatives too.
     """
 
     card = Card("MoCo v2", "finds one view's key among a queue of earlier ones", "arXiv 2003.04297", 2020)
@@ -82,6 +84,7 @@ class MoCo(SSLMethod):
         ema_momentum: Annotated[float, Field(ge=0, le=1)] = 0.99,
         hidden_dim: Annotated[int, Field(ge=1)] = 2048,
         output_dim: Annotated[int, Field(ge=1)] = 128,
+        i_cutmix: Annotated[float, Field(ge=0, le=100), later_option(0.0)] = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -92,7 +95,7 @@ class MoCo(SSLMethod):
         deactivate_requires_grad(self.momentum_projector)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, output_dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
-        self.temperature, self.ema_momentum = temperature, ema_momentum
+        self.temperature, self.ema_momentum, self.i_cutmix = temperature, ema_momentum, i_cutmix
         self._keys: Tensor | None = None  # of this step, on their way into the queue
 
     def project(self, features: Tensor) -> Tensor:
@@ -102,11 +105,21 @@ class MoCo(SSLMethod):
 
     def losses(self, views: Sequence[Tensor]) -> dict[str, Tensor]:
         """InfoNCE of the first view's queries and the second's keys, against the queue as the last step left it."""
+        queries, keys = self._embed(views)
+        return {"loss": info_nce(queries, keys, self.queue, self.temperature)}
+
+    def mixed_losses(self, views: Sequence[Tensor], share: Tensor) -> dict[str, Tensor]:
+        """The N-pair loss of the first view's queries, mixed, and the second's keys before the queue."""
+        queries, keys = self._embed(views)
+        return {"loss": n_pair(queries, torch.cat((keys, self.queue)), share, self.temperature)}
+
+    def _embed(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries of the first view and keys of the second, which are kept for the queue."""
         queries = F.normalize(self.project(self.encoder(views[0])).float(), dim=1)
         with torch.no_grad():
             keys = F.normalize(self.momentum_projector(self.momentum_encoder(views[1])).float(), dim=1)
         self._keys = keys
-        return {"loss": info_nce(queries, keys, self.queue, self.temperature)}
+        return queries, keys
 
     def after_step(self, progress: float) -> None:
         """Let this step's keys into the queue and move the momentum branch."""

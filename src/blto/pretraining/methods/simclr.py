@@ -13,7 +13,8 @@ from torch import Tensor
 
 from blto.models.encoder import Encoder
 from blto.pretraining.method import SSLMethod
-from blto.registry import Card
+from blto.pretraining.mixing import n_pair
+from blto.registry import Card, later_option
 from blto.runtime.distributed import gather, process_number
 
 
@@ -41,6 +42,7 @@ class SimCLR(SSLMethod):
         temperature: of the softmax in NT-Xent (paper section 2.1; 0.5 is its best for CIFAR-10, appendix B.9).
         hidden_dim: width of the projection head's hidden layer.
         output_dim: size of the embeddings.
+        i_cutmix: alpha of i-CutMix; 0 is without it. With it the loss is i-Mix's N-pair loss instead of NT-Xent.
     """
 
     views_per_pass = 2
@@ -53,11 +55,12 @@ class SimCLR(SSLMethod):
         temperature: Annotated[float, Field(gt=0, le=10)] = 0.5,
         hidden_dim: Annotated[int, Field(ge=1)] = 512,
         output_dim: Annotated[int, Field(ge=1)] = 128,
+        i_cutmix: Annotated[float, Field(ge=0, le=100), later_option(0.0)] = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = SimCLRProjectionHead(encoder.feature_dim, hidden_dim, output_dim)
-        self.temperature = temperature
+        self.temperature, self.i_cutmix = temperature, i_cutmix
 
     def project(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, output_dim)."""
@@ -68,3 +71,9 @@ class SimCLR(SSLMethod):
         """NT-Xent of two views."""
         first, second = self.project(self.encoder(torch.cat(tuple(views)))).chunk(2)
         return {"loss": nt_xent(first, second, self.temperature)}
+
+    def mixed_losses(self, views: Sequence[Tensor], share: Tensor) -> dict[str, Tensor]:
+        """The N-pair loss of the first view, mixed, and the second one."""
+        embeddings = F.normalize(self.project(self.encoder(torch.cat(tuple(views)))).float(), dim=1)
+        queries, keys = embeddings.chunk(2)
+        return {"loss": n_pair(queries, keys, share, self.temperature)}

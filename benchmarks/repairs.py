@@ -1,0 +1,208 @@
+"""Repairs on the bank of small encoders: each outcome as a record, and the table of docs/defenses/README.md.
+
+A defender holds a share of the clean training images, without labels, and repairs a backdoored encoder; its clean twin
+of the same seed is repaired in the same way, on the same images. Fewer images are passed over more often, so that every
+share takes as many steps. To run, as often as need be (a minute or two an encoder, repair and share on one core):
+python -m benchmarks.repairs --data-root DIR --seeds 0 1 2
+
+The triggers are those of the store that the bank was made in (configs/sweeps/bank_poisoned.yaml).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.detectors import CLEAN, RESULTS, Banked, bank, evidence
+from blto.data import load
+from blto.data.images import ImageSet
+from blto.defenses import DEFENSES
+from blto.defenses.base import Conditions, EncoderRepair, repair_encoder
+from blto.errors import InputRefused
+from blto.evaluation import PROBES, aggregate, evaluate_backdoor
+from blto.experiment.outcome import TRIGGER
+from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
+from blto.models.checkpoints import load_encoder
+from blto.models.encoder import Encoder
+from blto.poisoning import apply_to_uint8, load_trigger
+from blto.records import RunStore, load_record
+from blto.report.wording import with_interval
+from blto.runtime.progress import SILENT
+from blto.runtime.seeds import numpy_generator
+
+FILE = "repairs.jsonl"
+STORE = Path("runs/bank")
+REPAIRS: Mapping[str, Mapping[str, Any]] = {
+    "CLP": {"name": "clp"},
+    "fine-tuning": {"name": "clean_fine_tuning"},
+    "fine-pruning": {"name": "fine_pruning"},
+    "distillation": {"name": "distillation"},
+    "unlearning": {"name": "unlearning"},
+}
+SHARES = (0.01, 0.05, 0.1)
+"""Of the training images; the options' defaults are for the last."""
+SEEDS = (0, 1, 2, 3, 4)
+PROBE_IMAGES = 10_000
+METRICS = ("clean_accuracy", "asr", "asr_clean_twin", "untriggered_rate", "lift", "clean_accuracy_clean_twin")
+TITLES = (
+    *("Attack", "Repair", "Clean images", "Encoders", "ASR (linear)", "Lift", "ASR (kNN)", "Lift"),
+    *("Accuracy (linear)", "Clean twin's", "CPU seconds"),
+)
+Found = dict[str, dict[str, float | None]]
+"""Probe -> metric -> value."""
+
+
+class Bench(NamedTuple):
+    """What all encoders are judged on: labeled images that the probes are fitted on, and test images."""
+
+    probe: ImageSet
+    test: ImageSet
+
+
+class Victim(NamedTuple):
+    """A backdoored encoder with the test images that hold its trigger."""
+
+    banked: Banked
+    digest: str
+    target_class: int
+    triggered: npt.NDArray[np.uint8]
+
+
+def variants(repair: Mapping[str, Any], size: int) -> Iterator[tuple[float, dict[str, Any]]]:
+    """(Share, whole spec) of a repair for a training set of `size` images; share 0, once, of one that needs none."""
+    spec = DEFENSES.resolve(repair)
+    if "images" not in spec:
+        yield 0.0, spec
+        return
+    for share in SHARES:
+        more = {"epochs": round(spec["epochs"] * SHARES[-1] / share)} if "epochs" in spec else {}
+        yield share, {**spec, "images": round(share * size), **more}
+
+
+def victim(banked: Banked, digest: str, store: Path, test: ImageSet) -> Victim:
+    """One of the bank's. Raises InputRefused for a trigger that is not there, or another one."""
+    record = load_record(banked.file.parent / "record.json")
+    file = RunStore(store).folder(record.run_id) / TRIGGER
+    if not file.exists():
+        raise InputRefused(f"{file}: no such trigger; give --store a store with the runs of bank_poisoned.yaml.")
+    trigger = load_trigger(file)
+    if trigger.identity != record.provenance["poison"]["trigger_sha256"]:
+        raise InputRefused(f"{file}: not the trigger of {banked.file.parent.name}; give --store the bank's own.")
+    triggered = apply_to_uint8(trigger.at_test(), test.images)
+    return Victim(banked, digest, record.spec["attack"]["target_class"], triggered)
+
+
+def judge(encoder: Encoder, twin: Encoder, of: Victim, bench: Bench) -> Found:
+    """Both probes' metrics of an encoder beside a twin, as a run's record has them."""
+    found = evaluate_backdoor(
+        encoder,
+        twin,
+        train=bench.probe,
+        test=bench.test,
+        triggered=of.triggered,
+        target_class=of.target_class,
+        probes={probe: {} for probe in PROBES},
+    )
+    return {probe: {name: metrics[name].value for name in METRICS} for probe, metrics in found.metrics.items()}
+
+
+def measure(results: Path, store: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet) -> None:
+    """Repair and judge what has not been."""
+    draw = numpy_generator(0, "probe", "repairs").choice(len(train), min(PROBE_IMAGES, len(train)), replace=False)
+    bench, clean, file = Bench(train.subset(np.sort(draw)), test), train.without_labels(), results / FILE
+    rows = read_jsonl(file) if file.exists() else []
+    done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in rows}
+    before = {row["encoder_sha256"]: row["before"] for row in rows}
+    cells = [(name, *variant) for name, options in REPAIRS.items() for variant in variants(options, len(train))]
+    for seed in seeds:
+        of_seed = {banked.group: (banked, sha256_file(banked.file)) for banked in bank(results) if banked.seed == seed}
+        twin_file, conditions = of_seed.pop(CLEAN)[0].file, Conditions(seed, progress=SILENT)
+        missing = {
+            digest for _, digest in of_seed.values() for *_, spec in cells if (canonical_json(spec), digest) not in done
+        }
+        found = [victim(banked, digest, store, test) for banked, digest in of_seed.values() if digest in missing]
+        for name, share, spec in cells:
+            wanted = [each for each in found if (canonical_json(spec), each.digest) not in done]
+            if not wanted:
+                continue
+            repair, twin = DEFENSES.build(spec), load_encoder(twin_file)
+            assert isinstance(repair, EncoderRepair)
+            repaired_twin = repair_encoder(repair, twin, clean, conditions)
+            for each in wanted:
+                encoder = load_encoder(each.banked.file)
+                if each.digest not in before:
+                    before[each.digest] = judge(encoder, twin, each, bench)
+                started = time.process_time()
+                repaired = repair_encoder(repair, encoder, clean, conditions)
+                seconds = time.process_time() - started
+                after = judge(repaired, repaired_twin, each, bench)
+                row = {"repair": name, "spec": spec, "share": share, "group": each.banked.group, "seed": seed}
+                row |= {"encoder_sha256": each.digest, "before": before[each.digest], "after": after}
+                append_jsonl(file, {**row, "cpu_seconds": round(seconds, 1)})
+                asr = after["linear"]["asr"]
+                sys.stdout.write(f"{name}, {share:.0%}: {each.banked.group} {seed}: ASR {asr:.3f}\n")
+                sys.stdout.flush()
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """For each attack its encoders as they are, and a row for each verified repair and share; means over seeds."""
+    rows = [row for row in rows if evidence(row["spec"]["name"]).status == "verified"]
+    lines = [f"| {' | '.join(TITLES)} |", f"| --- | --- |{' ---: |' * (len(TITLES) - 2)}"]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        of_group = [row for row in rows if row["group"] == group]
+        untouched = {row["encoder_sha256"]: row["before"] for row in of_group}
+        lines.append(line(group, "none", "", list(untouched.values()), ""))
+        for name, share in sorted({(row["repair"], row["share"]) for row in of_group}, key=place):
+            chosen = [row for row in of_group if (row["repair"], row["share"]) == (name, share)]
+            seconds = sum(row["cpu_seconds"] for row in chosen) / len(chosen)
+            images = f"{share:.0%}" if share else "none"
+            lines.append(line(group, name, images, [row["after"] for row in chosen], f"{seconds:.0f}"))
+    return "\n".join([*lines, "", "Means over seeds; lifts with Student's 95% interval over them."])
+
+
+def place(cell: tuple[str, float]) -> tuple[int, str, float]:
+    """Where a repair and share stand in the table: as in `REPAIRS`, what is no more there at the end."""
+    return (list(REPAIRS).index(cell[0]) if cell[0] in REPAIRS else len(REPAIRS), *cell)
+
+
+def line(group: str, name: str, images: str, found: Sequence[Found], seconds: str) -> str:
+    """One row of the table."""
+
+    def mean(probe: str, metric: str) -> str:
+        shown = with_interval(aggregate([of[probe][metric] for of in found]))
+        return shown.replace("%", "", 1) if metric == "lift" else shown.split(" [")[0]
+
+    values = [mean(probe, metric) for probe in PROBES for metric in ("asr", "lift")]
+    values += [mean("linear", metric) for metric in ("clean_accuracy", "clean_accuracy_clean_twin")]
+    return f"| {' | '.join([group, name, images, str(len(found)), *values, seconds])} |"
+
+
+def repair_table(results: Path) -> str:
+    """The table of what has been measured."""
+    file = results / FILE
+    return table(read_jsonl(file)) if file.exists() else "Not measured yet: `python -m benchmarks.repairs`."
+
+
+def main() -> None:
+    """Measure what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--store", type=Path, default=STORE)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    given = parser.parse_args()
+    train, test = (load("cifar10", data_root=given.data_root, split=split) for split in ("train", "test"))
+    measure(given.results, given.store, given.seeds, train, test)
+    sys.stdout.write(repair_table(given.results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Fixtures of the defenses' tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from blto.defenses import cluster_triggers
+
+
+@pytest.fixture
+def one_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triggers of clusters begin once: small encoders need no more, and tests that invert many are faster."""
+    monkeypatch.setattr(cluster_triggers, "_best_start", lambda *given: given[-1])
