@@ -80,6 +80,7 @@ def test_levels_that_cannot_reach_alpha_are_left_out() -> None:
     assert usable_shares(200, 50000, 2, 0.05) == [0.05]
     assert usable_shares(10, 50000, 2, 0.05) == []
     assert usable_shares(1000, 3, 2, 0.05) != [], "three suspects that are all among the highest"
+    assert usable_shares(30, 1, 1, 0.05) == [], "it is among the two highest of 31 too often"
     assert reachable(100, 100, 0.05) == pytest.approx(float(hypergeom.pmf(0, 200, 100, 10)))
 
 

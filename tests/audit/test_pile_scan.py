@@ -14,6 +14,8 @@ import pytest
 import blto
 from blto.audit.pile import chunks, drill, scan
 from blto.audit.pile.chunks import Summary, added, nothing, score_chunk
+from blto.audit.pile.lessons import syllabus
+from blto.audit.pile.screens import build_screens
 from blto.audit.pile.sources import Folder, Loaded
 from blto.audit.pile.working import unlike
 from blto.audit.verdict import Verdict
@@ -216,6 +218,23 @@ def test_a_drill_poisons_clean_images_and_counts_what_is_found(
     assert weak.judgement.verdict is Verdict.INCONCLUSIVE
     with pytest.raises(ConfigError, match=r"--drill 0.001: less than one of 150 images"):
         scanned(places["innocent"], places["clean"], places["store"], drill=0.001)
+
+
+def test_what_learns_from_clean_images_alone_and_what_from_all_share_none() -> None:
+    screens = build_screens(["frequency_screening", {"name": "repeated_windows", "sample": 10_000}])
+    (none, apart), (suspects, clean) = syllabus(screens, 300, 200, 32, 0)
+    assert (len(none), len(apart)) == (0, 50)
+    assert suspects.tolist() == list(range(300))
+    assert sorted([*clean, *apart]) == list(range(200)), "all others"
+    screens = build_screens(
+        [{"name": "frequency_screening", "reference": 20}, {"name": "repeated_windows", "sample": 99}]
+    )
+    (none, apart), (suspects, clean) = syllabus(screens, 300, 200, 32, 1)
+    assert (len(apart), len(suspects) + len(clean)) == (20, 99)
+    assert not set(apart) & set(clean)
+    assert (np.diff(np.concatenate([suspects, 300 + clean])) > 0).all()
+    (alone, none), _ = syllabus(screens, 300, 0, 32, 1)
+    assert (len(alone), len(none)) == (20, 0), "suspects stand in"
 
 
 def test_the_attacks_of_a_drill_fit_images_of_any_size() -> None:

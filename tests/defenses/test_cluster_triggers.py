@@ -27,7 +27,7 @@ from tests.defenses.random_filters import clean
 from tests.defenses.tampered import SMALL, clean_images
 
 COUNT = 3
-SEARCH = Search(epsilon=8 / 255, width=16, steps=12, batch_size=32, lr=4e-3, trial=1)
+SEARCH = Search(epsilon=8 / 255, width=16, steps=12, batch_size=32, lr=4e-3, starts=1)
 HASTY = replace(SEARCH, steps=1)
 PIXELS = clean_images().images
 
@@ -151,24 +151,21 @@ def test_encoders_and_images_are_as_they_were_whenever_a_trigger_is_handed_out()
     assert np.array_equal(PIXELS, pixels)
 
 
-def test_the_start_that_gets_furthest_in_its_last_steps_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = ([0.9, 0.1, 0.2], [0.0, 0.3, 0.4], [0.5, 0.2, 0.2])
-    begun: list[tuple[int, int, str]] = []
+@pytest.mark.parametrize(("paths", "taken"), [(([0.9, 0.0, 0.0], [0.0, 0.9, 0.9]), 2), (([0.0, 0.0, 0.0],) * 3, 3)])
+def test_triggers_are_trained_until_one_moves(
+    monkeypatch: pytest.MonkeyPatch, paths: tuple[list[float], ...], taken: int
+) -> None:
+    begun: list[tuple[int, str]] = []
 
     def towards(goals: object, trigger: GeneratorTrigger, *rest: Any) -> Iterator[float]:
-        *_, search, seed = rest
-        begun.append((seed, search.steps, trigger.identity))
-        yield from (*paths, ())[(len(begun) - 1) % 4]
+        begun.append((rest[-1], trigger.identity))
+        yield from paths[(len(begun) - 1) % taken]
 
     monkeypatch.setattr(cluster_triggers, "_towards", towards)
     monkeypatch.setattr(cluster_triggers, "LAST", 2)
-    inverted(clean(0), search=replace(SEARCH, starts=3, trial=3))
-    assert len(begun) == COUNT * 4
-    for first in range(0, len(begun), 4):
-        *trials, chosen = begun[first : first + 4]
-        assert len({(seed, identity) for seed, _, identity in trials}) == 3
-        assert [steps for _, steps, _ in trials] == [3] * 3
-        assert chosen == (trials[1][0], SEARCH.steps, trials[1][2])
+    found = inverted(clean(0), search=replace(SEARCH, starts=3))
+    assert len(begun) == len(set(begun)) == COUNT * taken
+    assert [trigger.identity for trigger in found] == [identity for _, identity in begun[taken - 1 :: taken]]
 
 
 def test_a_search_that_diverges_is_named_in_one_line() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ VIEWS = {"name": "simsiam_cifar", "crop_scale": (0.6, 1.0)}
 """Augmentations that a trigger has to survive; BLTO's own crop less than its victims."""
 SHRINKAGE = 0.05
 WARMUP = 1 / 6
-LAST = 5
+LAST, MOVES = 10, 0.2
+"""Steps, and the share of the cosine of a cluster's own images that a trigger has to reach in them."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Search:
         epsilon: L-infinity budget, a fraction of the pixel range.
         width: of the hourglass generator.
         steps, batch_size, lr: of Adam, for each cluster.
-        starts, trial: how many generators are begun for a cluster, and for how many steps each; the best is begun again
-            and trained to the end. In some all ReLUs of a layer die early, and nothing moves any more.
+        starts: how many generators are trained for a cluster at most, until one moves images: in some all ReLUs of a
+            layer die early.
     """
 
     epsilon: float
@@ -47,8 +48,7 @@ class Search:
     steps: int
     batch_size: int
     lr: float
-    starts: int = 1
-    trial: int = 30
+    starts: int = 4
 
     def fresh(self, seed: int) -> GeneratorTrigger:
         """A generator that nothing has trained, with weights from the seed."""
@@ -104,7 +104,7 @@ def invert_clusters(
     """
     bases = [whitening_basis(each, SHRINKAGE) for each in features]
     count = int(clusters.max()) + 1
-    with conditions.progress.bar("triggers of clusters", count * search.steps) as advance:
+    with conditions.progress.bar("triggers of clusters", count) as advance:
         for cluster in range(count):
             inside = torch.from_numpy(clusters == cluster)
             seed, others = stream_seed(conditions.seed, "defense", "cluster trigger", cluster), clusters != cluster
@@ -117,11 +117,8 @@ def invert_clusters(
                     )
                     for encoder, each, basis in zip(encoders, features, bases, strict=True)
                 ]
-                seed = _best_start(goals, images, np.flatnonzero(others), search, seed)
-                trigger = search.fresh(seed)
-                reached = _towards(goals, trigger, images, np.flatnonzero(others), search, seed)
-                for step, _ in enumerate(reached, 1):
-                    advance(cluster * search.steps + step, f"cluster {cluster}")
+                trigger = _moving(goals, images, np.flatnonzero(others), search, seed)
+                advance(cluster + 1, "")
             yield trigger.eval().cpu()
 
 
@@ -133,15 +130,15 @@ class _Goal:
         self.aim = Aim(*(value.to(function.device) for value in aim))
 
 
-def _best_start(goals: Sequence[_Goal], images: Images, sources: Rows, search: Search, seed: int) -> int:
-    """The seed of the generator that a short training brings furthest, by its last steps."""
-    short = replace(search, steps=min(search.trial, search.steps))
-    found = {}
+def _moving(goals: Sequence[_Goal], images: Images, sources: Rows, search: Search, seed: int) -> GeneratorTrigger:
+    """Train triggers, one after the other, until one moves; the last is taken as it is."""
     for start in range(search.starts):
         begun = stream_seed(seed, "defense", start)
-        reached = list(_towards(goals, search.fresh(begun), images, sources, short, begun))
-        found[begun] = sum(reached[-LAST:])
-    return max(found, key=lambda begun: found[begun])
+        trigger = search.fresh(begun)
+        reached = list(_towards(goals, trigger, images, sources, search, begun))
+        if sum(reached[-LAST:]) / LAST > MOVES * float(goals[-1].aim.target):
+            break
+    return trigger
 
 
 def _towards(

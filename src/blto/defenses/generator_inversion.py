@@ -55,7 +55,7 @@ class GeneratorInversion(EncoderDetector):
         threat_model="the encoder, clean encoders of its family, and clean images without labels",
     )
     evidence = Evidence(
-        "It tells ten of ten patch and ten of ten BadEncoder encoders from clean ones, and three of BLTO's ten; it was "
+        "It tells ten of ten patch and ten of ten BadEncoder encoders from clean ones, and five of BLTO's ten; it was "
         "designed on the encoders that it is judged on.",
         must_show="test_generator_inversion::test_a_further_clean_encoder_is_told_from_a_tampered_one_and_no_other",
         positive="test_generator_inversion::test_a_planted_reaction_is_found_in_whatever_encoder_and_cluster_it_is",
@@ -73,7 +73,7 @@ class GeneratorInversion(EncoderDetector):
     ) -> None:
         self.references, self.images = references, images
         self.clusters, self.moved = clusters, min(moved, images)
-        self.search = Search(epsilon=epsilon, width=16, steps=steps, batch_size=64, lr=4e-3, starts=6, trial=30)
+        self.search = Search(epsilon=epsilon, width=16, steps=steps, batch_size=64, lr=4e-3)
         self.learning = {"images": images, "clusters": clusters, "moved": self.moved, "search": asdict(self.search)}
 
     def learn(self, references: Sequence[Encoder], images: Images, conditions: Conditions) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ class Unlearning(EncoderRepair):
         if clusters == 1:
             raise ConfigError("clusters is 1, and a trigger leads from one to another; give 0 for none, or 2 or more.")
         self.images, self.clusters, self.patch_epochs = images, clusters, patch_epochs
-        self.search = Search(epsilon=epsilon, width=16, steps=search_steps, batch_size=64, lr=4e-3, starts=6, trial=30)
+        self.search = Search(epsilon=epsilon, width=16, steps=search_steps, batch_size=64, lr=4e-3)
         self.steps, self.batch_size, self.lr = steps, min(batch_size, images), lr
 
     def repair(self, encoder: Encoder, images: Images, conditions: Conditions) -> Encoder:

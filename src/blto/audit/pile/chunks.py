@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,8 @@ def nothing(screens: int) -> Summary:
 
 
 def _first(scored: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The most suspicious; equal ones by name, so that it is no matter in which order they came."""
-    return heapq.nsmallest(TOP, scored, key=lambda each: (-each[0], each[1]))
+    """The most suspicious; of equal ones those that came first."""
+    return heapq.nlargest(TOP, scored, key=itemgetter(0))
 
 
 def jobs(source: Source, screens: Sequence[Screen], size: int, lessons: Sequence[Lesson], side: int) -> Iterator[Any]:
