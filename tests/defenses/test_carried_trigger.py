@@ -153,6 +153,19 @@ def test_it_says_which_cluster_it_takes_for_the_attacked_one(capsys: pytest.Capt
     assert f"carried trigger: cluster {attacked} of {GROUPS}, with " in capsys.readouterr().err
 
 
+def test_places_are_told_in_the_spread_of_the_attacked_cluster_s_own_images() -> None:
+    rows = poisons(1)
+    changed = (images().images[rows] + BOARD).clip(0, 255).astype(np.uint8)
+    suspects = images().replace(rows, changed)
+    found = scores(suspects, backdoored(1))
+    seen = vectors_of(backdoored(1), suspects.images, Conditions())
+    labels, vectors = common_clusters([seen], GROUPS, 0), seen.double().numpy()
+    centres = np.stack([vectors[labels == each].mean(axis=0) for each in range(GROUPS)])
+    own = found[nearest(vectors, centres) == np.bincount(labels[rows]).argmax()]
+    assert np.median(own) == pytest.approx(0, abs=1e-6)
+    assert 1.4826 * np.median(np.abs(own)) == pytest.approx(1)
+
+
 def test_the_same_images_without_anything_are_not_told_from_their_cluster() -> None:
     assert 0.3 < auroc(scores(images(), backdoored(0)), poisons(0), clusters() == 0) < 0.7
 

@@ -151,9 +151,16 @@ def test_encoders_and_images_are_as_they_were_whenever_a_trigger_is_handed_out()
     assert np.array_equal(PIXELS, pixels)
 
 
-@pytest.mark.parametrize(("paths", "taken"), [(([0.9, 0.0, 0.0], [0.0, 0.9, 0.9]), 2), (([0.0, 0.0, 0.0],) * 3, 3)])
+@pytest.mark.parametrize(
+    ("paths", "last", "taken"),
+    [
+        (([0.9, 0.0, 0.0], [0.0, 0.9, 0.9]), 2, 2),
+        (([0.0, 0.0, 0.0],) * 3, 2, 3),
+        (([0.0], [0.5]), 10, 2),  # fewer steps than those that count
+    ],
+)
 def test_triggers_are_trained_until_one_moves(
-    monkeypatch: pytest.MonkeyPatch, paths: tuple[list[float], ...], taken: int
+    monkeypatch: pytest.MonkeyPatch, paths: tuple[list[float], ...], last: int, taken: int
 ) -> None:
     begun: list[tuple[int, str]] = []
 
@@ -162,7 +169,7 @@ def test_triggers_are_trained_until_one_moves(
         yield from paths[(len(begun) - 1) % taken]
 
     monkeypatch.setattr(cluster_triggers, "_towards", towards)
-    monkeypatch.setattr(cluster_triggers, "LAST", 2)
+    monkeypatch.setattr(cluster_triggers, "LAST", last)
     found = inverted(clean(0), search=replace(SEARCH, starts=3))
     assert len(begun) == len(set(begun)) == COUNT * taken
     assert [trigger.identity for trigger in found] == [identity for _, identity in begun[taken - 1 :: taken]]

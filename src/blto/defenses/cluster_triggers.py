@@ -135,8 +135,8 @@ def _moving(goals: Sequence[_Goal], images: Images, sources: Rows, search: Searc
     for start in range(search.starts):
         begun = stream_seed(seed, "defense", start)
         trigger = search.fresh(begun)
-        reached = list(_towards(goals, trigger, images, sources, search, begun))
-        if sum(reached[-LAST:]) / LAST > MOVES * float(goals[-1].aim.target):
+        reached = list(_towards(goals, trigger, images, sources, search, begun))[-LAST:]
+        if sum(reached) / len(reached) > MOVES * float(goals[-1].aim.target):
             break
     return trigger
 
