@@ -169,7 +169,7 @@ class Killer(threading.Thread):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not self.killed:
             begun = sorted(self.begun.glob("*"), key=lambda file: file.stat().st_mtime_ns)
-            if len(begun) >= 6:
+            if len(begun) >= 6 and len({file.name.partition("-")[0] for file in begun}) >= 2:
                 self.killed = int(begun[-1].name.partition("-")[0])
                 self.kill(self.killed)
             time.sleep(0.02)
@@ -211,10 +211,11 @@ def test_a_ray_cluster_of_two_of_which_one_is_killed_gives_what_one_process_give
     assert capfd.readouterr().out == "", "standard output is for results"
     assert without_times(found) == serial
     begun = [file.name.partition("-") for file in (tmp_path / "begun").glob("*")]
-    assert len({pid for pid, _, _ in begun}) >= (3 if what == "worker" else 2)
     parts = [part for _, _, part in begun]
     assert len(set(parts)) == 20
-    assert len(parts) > len(set(parts)), "what the killed one had in hand was begun again"
+    if what == "worker":  # a machine takes long to die: what it has in hand may be done by then
+        assert len({pid for pid, _, _ in begun}) >= 3, "another one in the place of the killed one"
+        assert len(parts) > 20, "what the killed one had in hand was begun again"
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request"], ids=["silent", "another"])
