@@ -61,7 +61,7 @@ class Looking:
             return self.conditions
         known = [each.identity for each in references]
         inputs = {"references": known, "images": self.images.content_hash, "seed": self.conditions.seed}
-        stage = self.store.stage("learn", {**inputs, "learning": dict(detector.learning)})
+        stage = self.store.stage("learn", {**inputs, "detector": spec["name"], "learning": dict(detector.learning)})
         with stage.making() as needed:
             if needed:
                 self.conditions.progress.say(f"{spec['name']}: learns from {len(references)} clean encoders")

@@ -167,4 +167,6 @@ def _towards(
         yield float(reached.detach())
     use_native(trigger, False)
     if not all(torch.isfinite(parameter).all() for parameter in trigger.parameters()):
-        raise Diverged("the trigger of a cluster became NaN or Inf; lower the defense's learning rate.")
+        raise Diverged(
+            "the trigger of a cluster became NaN or Inf; give an encoder whose features are finite, or another seed."
+        )

@@ -84,7 +84,10 @@ class GeneratorInversion(EncoderDetector):
         states = [trigger.state_dict() for trigger in triggers]
         learned = {WEIGHTS + name: torch.stack([state[name] for state in states]) for name in states[0]}
         moved = self._triggered(triggers, images)
-        shifts = [log_shifts(*self._seen(each, images, moved, conditions)) for each in references]
+        shifts = [
+            log_shifts(clean, [vectors_of(each, shown, conditions) for shown in moved])
+            for each, clean in zip(references, features, strict=True)
+        ]
         return {**learned, USUAL: torch.from_numpy(np.mean(shifts, axis=0))}
 
     def inspect(self, encoder: Encoder, images: Images, conditions: Conditions) -> Inspection:
@@ -98,7 +101,8 @@ class GeneratorInversion(EncoderDetector):
             raise InputRefused("generator inversion compares with clean encoders of the family; give some.")
         triggers = self._triggers(conditions.learned)
         triggered = self._triggered(triggers, images)
-        found = log_shifts(*self._seen(encoder, images, triggered, conditions)) - conditions.learned[USUAL].numpy()
+        seen = [vectors_of(encoder, each, conditions) for each in triggered]
+        found = log_shifts(vectors_of(encoder, images, conditions), seen) - conditions.learned[USUAL].numpy()
         cluster = int(np.abs(found - np.median(found)).argmax())
         measures = {"level": float(found.mean()), "cluster": float(cluster)}
         pairs = {"plain": images[:SHOWN], "triggered": triggered[cluster][:SHOWN]}
@@ -116,11 +120,6 @@ class GeneratorInversion(EncoderDetector):
 
     def _triggered(self, triggers: Sequence[GeneratorTrigger], images: Images) -> list[Images]:
         return [apply_to_uint8(trigger, images[: self.moved]) for trigger in triggers]
-
-    def _seen(
-        self, encoder: Encoder, images: Images, triggered: Sequence[Images], conditions: Conditions
-    ) -> tuple[Tensor, list[Tensor]]:
-        return vectors_of(encoder, images, conditions), [vectors_of(encoder, each, conditions) for each in triggered]
 
 
 def log_shifts(clean: Tensor, triggered: Sequence[Tensor]) -> npt.NDArray[np.float64]:
