@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import detectors, findings, repairs
+from benchmarks import detectors, filters, findings, repairs
 from blto.files import read_json, read_jsonl, write_text
 from blto.records import RunStore
 from blto.report.tables import markdown_table
@@ -18,7 +18,10 @@ from blto.report.tables import markdown_table
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("engine.md", "findings.md", "defenses/README.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("engine.md", "findings.md", "defenses/README.md", "defenses/carried_trigger.md")
+    ),
 )
 GATES = ("gate1", "gate1_patch_size", "gate4", "gate4_levers", "gate4_controls", "gate4_repeats", "gate5")
 FOREIGN_LIMIT = 0.25
@@ -183,6 +186,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "bank": lambda results: findings.seeds_table(results / "bank_poisoned"),
     "detectors": detectors.detector_table,
     "defenses": detectors.status_table,
+    "filters": filters.filter_table,
     "repairs": repairs.repair_table,
     "draws": lambda results: findings.draws_table(results / "probe_draws.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},

@@ -32,7 +32,7 @@ from blto.experiment.outcome import TRIGGER
 from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder
-from blto.poisoning import apply_to_uint8, load_trigger
+from blto.poisoning import Trigger, apply_to_uint8, load_trigger
 from blto.records import RunStore, load_record
 from blto.report.wording import with_interval
 from blto.runtime.progress import SILENT
@@ -87,8 +87,8 @@ def variants(repair: Mapping[str, Any], size: int) -> Iterator[tuple[float, dict
         yield share, {**spec, "images": round(share * size), **more}
 
 
-def victim(banked: Banked, digest: str, store: Path, test: ImageSet) -> Victim:
-    """One of the bank's. Raises InputRefused for a trigger that is not there, or another one."""
+def trigger_of(banked: Banked, store: Path) -> Trigger:
+    """The trigger of one of the bank's. Raises InputRefused for one that is not there, or another one."""
     record = load_record(banked.file.parent / "record.json")
     file = RunStore(store).folder(record.run_id) / TRIGGER
     if not file.exists():
@@ -96,8 +96,13 @@ def victim(banked: Banked, digest: str, store: Path, test: ImageSet) -> Victim:
     trigger = load_trigger(file)
     if trigger.identity != record.provenance["poison"]["trigger_sha256"]:
         raise InputRefused(f"{file}: not the trigger of {banked.file.parent.name}; give --store the bank's own.")
-    triggered = apply_to_uint8(trigger.at_test(), test.images)
-    return Victim(banked, digest, record.spec["attack"]["target_class"], triggered)
+    return trigger
+
+
+def victim(banked: Banked, digest: str, store: Path, test: ImageSet) -> Victim:
+    """One of the bank's, with triggered test images. Raises InputRefused as `trigger_of`."""
+    target = load_record(banked.file.parent / "record.json").spec["attack"]["target_class"]
+    return Victim(banked, digest, target, apply_to_uint8(trigger_of(banked, store).at_test(), test.images))
 
 
 def judge(encoder: Encoder, twin: Encoder, of: Victim, bench: Bench) -> Found:
