@@ -10,21 +10,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
+from benchmarks.bank import CLEAN, RESULTS, bank
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, Defense, EncoderDetector, inspect_encoder, learn_from
 from blto.defenses.evidence import Evidence
 from blto.evaluation.detection import auroc, expected_average_precision, tpr_at_lowest_fpr
 from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
-from blto.records import Metric, RunStore
+from blto.records import Metric
 
-RESULTS = Path(__file__).parent / "results"
 FILE = "detectors.jsonl"
-BANK = ("bank_clean", "bank_poisoned")
-CLEAN = "clean"
 DETECTORS: Mapping[str, Mapping[str, Any]] = {
     "DECREE": {"name": "decree"},
     "DECREE, 3 starts": {"name": "decree", "starts": 3},
@@ -35,23 +33,6 @@ DETECTORS: Mapping[str, Mapping[str, Any]] = {
 REFERENCES = (20, 24, 28, 32, 36)
 """Seeds of the clean encoders that a detector learns from; they choose no threshold."""
 IMAGES_SEED = 0
-
-
-class Banked(NamedTuple):
-    """An encoder of the bank: which attack made it ("clean": none), from which seed, and its file."""
-
-    group: str
-    seed: int
-    file: Path
-
-
-def bank(results: Path) -> Iterator[Banked]:
-    """The encoders that are committed beside their records."""
-    for part in BANK:
-        for record in RunStore(results / part).list():
-            folder = next(iter((results / part).glob(f"*-s{record.spec['seed']}-{record.run_id[-10:]}")), None)
-            if folder is not None and (folder / "encoder.safetensors").exists():
-                yield Banked(folder.name.split("-s")[0], int(record.spec["seed"]), folder / "encoder.safetensors")
 
 
 def measure(results: Path, data_root: Path | None) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import detectors, filters, findings, repairs
+from benchmarks import detectors, filters, findings, repairs, retraining
 from blto.files import read_json, read_jsonl, write_text
 from blto.records import RunStore
 from blto.report.tables import markdown_table
@@ -187,6 +187,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "detectors": detectors.detector_table,
     "defenses": detectors.status_table,
     "filters": filters.filter_table,
+    "carried_trigger": filters.carried_trigger_table,
+    "retraining": retraining.retraining_table,
     "repairs": repairs.repair_table,
     "draws": lambda results: findings.draws_table(results / "probe_draws.jsonl"),
     **{gate: partial(gate_table, gate) for gate in GATES},

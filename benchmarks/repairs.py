@@ -4,8 +4,6 @@ A defender holds a share of the clean training images, without labels, and repai
 of the same seed is repaired in the same way, on the same images. Fewer images are passed over more often, so that every
 share takes as many steps. To run, as often as need be (a minute or two an encoder, repair and share on one core):
 python -m benchmarks.repairs --data-root DIR --seeds 0 1 2
-
-The triggers are those of the store that the bank was made in (configs/sweeps/bank_poisoned.yaml).
 """
 
 from __future__ import annotations
@@ -16,30 +14,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from benchmarks.detectors import CLEAN, RESULTS, Banked, bank, evidence
+from benchmarks.bank import CLEAN, COLUMNS, RESULTS, Bench, Found, bank, columns, has_trigger, judge, victim
+from benchmarks.detectors import evidence
 from blto.data import load
 from blto.data.images import ImageSet
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, EncoderRepair, repair_encoder
-from blto.errors import InputRefused
-from blto.evaluation import PROBES, aggregate, evaluate_backdoor
-from blto.experiment.outcome import TRIGGER
 from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
 from blto.models.checkpoints import load_encoder
-from blto.models.encoder import Encoder
-from blto.poisoning import Trigger, apply_to_uint8, load_trigger
-from blto.records import RunStore, load_record
-from blto.report.wording import with_interval
 from blto.runtime.progress import SILENT
-from blto.runtime.seeds import numpy_generator
 
 FILE = "repairs.jsonl"
-STORE = Path("runs/bank")
 REPAIRS: Mapping[str, Mapping[str, Any]] = {
     "CLP": {"name": "clp"},
     "fine-tuning": {"name": "clean_fine_tuning"},
@@ -50,30 +37,7 @@ REPAIRS: Mapping[str, Mapping[str, Any]] = {
 SHARES = (0.01, 0.05, 0.1)
 """Of the training images; the options' defaults are for the last."""
 SEEDS = (0, 1, 2, 3, 4)
-PROBE_IMAGES = 10_000
-METRICS = ("clean_accuracy", "asr", "asr_clean_twin", "untriggered_rate", "lift", "clean_accuracy_clean_twin")
-TITLES = (
-    *("Attack", "Repair", "Clean images", "Encoders", "ASR (linear)", "Lift", "ASR (kNN)", "Lift"),
-    *("Accuracy (linear)", "Clean twin's", "CPU seconds"),
-)
-Found = dict[str, dict[str, float | None]]
-"""Probe -> metric -> value."""
-
-
-class Bench(NamedTuple):
-    """What all encoders are judged on: labeled images that the probes are fitted on, and test images."""
-
-    probe: ImageSet
-    test: ImageSet
-
-
-class Victim(NamedTuple):
-    """A backdoored encoder with the test images that hold its trigger."""
-
-    banked: Banked
-    digest: str
-    target_class: int
-    triggered: npt.NDArray[np.uint8]
+TITLES = ("Attack", "Repair", "Clean images", "Encoders", *COLUMNS, "CPU seconds")
 
 
 def variants(repair: Mapping[str, Any], size: int) -> Iterator[tuple[float, dict[str, Any]]]:
@@ -87,42 +51,9 @@ def variants(repair: Mapping[str, Any], size: int) -> Iterator[tuple[float, dict
         yield share, {**spec, "images": round(share * size), **more}
 
 
-def trigger_of(banked: Banked, store: Path) -> Trigger:
-    """The trigger of one of the bank's. Raises InputRefused for one that is not there, or another one."""
-    record = load_record(banked.file.parent / "record.json")
-    file = RunStore(store).folder(record.run_id) / TRIGGER
-    if not file.exists():
-        raise InputRefused(f"{file}: no such trigger; give --store a store with the runs of bank_poisoned.yaml.")
-    trigger = load_trigger(file)
-    if trigger.identity != record.provenance["poison"]["trigger_sha256"]:
-        raise InputRefused(f"{file}: not the trigger of {banked.file.parent.name}; give --store the bank's own.")
-    return trigger
-
-
-def victim(banked: Banked, digest: str, store: Path, test: ImageSet) -> Victim:
-    """One of the bank's, with triggered test images. Raises InputRefused as `trigger_of`."""
-    target = load_record(banked.file.parent / "record.json").spec["attack"]["target_class"]
-    return Victim(banked, digest, target, apply_to_uint8(trigger_of(banked, store).at_test(), test.images))
-
-
-def judge(encoder: Encoder, twin: Encoder, of: Victim, bench: Bench) -> Found:
-    """Both probes' metrics of an encoder beside a twin, as a run's record has them."""
-    found = evaluate_backdoor(
-        encoder,
-        twin,
-        train=bench.probe,
-        test=bench.test,
-        triggered=of.triggered,
-        target_class=of.target_class,
-        probes={probe: {} for probe in PROBES},
-    )
-    return {probe: {name: metrics[name].value for name in METRICS} for probe, metrics in found.metrics.items()}
-
-
-def measure(results: Path, store: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet) -> None:
-    """Repair and judge what has not been."""
-    draw = numpy_generator(0, "probe", "repairs").choice(len(train), min(PROBE_IMAGES, len(train)), replace=False)
-    bench, clean, file = Bench(train.subset(np.sort(draw)), test), train.without_labels(), results / FILE
+def measure(results: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet) -> None:
+    """Repair and judge what has not been, and whose trigger is there."""
+    bench, clean, file = Bench.of(train, test), train.without_labels(), results / FILE
     rows = read_jsonl(file) if file.exists() else []
     done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in rows}
     before = {row["encoder_sha256"]: row["before"] for row in rows}
@@ -133,7 +64,11 @@ def measure(results: Path, store: Path, seeds: Sequence[int], train: ImageSet, t
         missing = {
             digest for _, digest in of_seed.values() for *_, spec in cells if (canonical_json(spec), digest) not in done
         }
-        found = [victim(banked, digest, store, test) for banked, digest in of_seed.values() if digest in missing]
+        found = [
+            victim(banked, digest, bench)
+            for banked, digest in of_seed.values()
+            if digest in missing and has_trigger(banked)
+        ]
         for name, share, spec in cells:
             wanted = [each for each in found if (canonical_json(spec), each.digest) not in done]
             if not wanted:
@@ -180,14 +115,7 @@ def place(cell: tuple[str, float]) -> tuple[int, str, float]:
 
 def line(group: str, name: str, images: str, found: Sequence[Found], seconds: str) -> str:
     """One row of the table."""
-
-    def mean(probe: str, metric: str) -> str:
-        shown = with_interval(aggregate([of[probe][metric] for of in found]))
-        return shown.replace("%", "", 1) if metric == "lift" else shown.split(" [")[0]
-
-    values = [mean(probe, metric) for probe in PROBES for metric in ("asr", "lift")]
-    values += [mean("linear", metric) for metric in ("clean_accuracy", "clean_accuracy_clean_twin")]
-    return f"| {' | '.join([group, name, images, str(len(found)), *values, seconds])} |"
+    return f"| {' | '.join([group, name, images, str(len(found)), *columns(found), seconds])} |"
 
 
 def repair_table(results: Path) -> str:
@@ -201,11 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     given = parser.parse_args()
     train, test = (load("cifar10", data_root=given.data_root, split=split) for split in ("train", "test"))
-    measure(given.results, given.store, given.seeds, train, test)
+    measure(given.results, given.seeds, train, test)
     sys.stdout.write(repair_table(given.results) + "\n")
 
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from benchmarks import repairs
-from benchmarks.detectors import bank
+from benchmarks.bank import METRICS, Bench, bank, judge, victim
 from blto.data import load
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, EncoderRepair, repair_encoder
-from blto.errors import InputRefused
 from blto.evaluation import PROBES
 from blto.experiment.outcome import TRIGGER
 from blto.files import read_jsonl
@@ -41,9 +40,9 @@ def tiny_repairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def banks(tmp_path: Path) -> tuple[Path, Path]:
-    """A bank of two attacks and their twin, and the store that has their triggers."""
-    results, store = tmp_path / "results", tmp_path / "store"
+def results(tmp_path: Path) -> Path:
+    """A bank of two attacks and their twin."""
+    results = tmp_path / "results"
     trigger = PatchTrigger(
         torch.zeros(3, 4, 4, dtype=torch.uint8), seed=0, placement=(0.0, 1.0), test_placement=(0.0, 1.0)
     )
@@ -63,9 +62,8 @@ def banks(tmp_path: Path) -> tuple[Path, Path]:
         (results / part / identity).rename(folder)
         encoder = build_encoder(TINY_BACKBONE, seed=number, image_size=16)
         save_encoder(folder / "encoder.safetensors", encoder, TINY_BACKBONE, 16)
-        (store / identity).mkdir(parents=True)
-        save_trigger(store / identity / TRIGGER, trigger)
-    return results, store
+        save_trigger(folder / TRIGGER, trigger)
+    return results
 
 
 def test_every_share_takes_as_many_steps_and_what_needs_no_image_comes_once() -> None:
@@ -75,10 +73,9 @@ def test_every_share_takes_as_many_steps_and_what_needs_no_image_comes_once() ->
 
 
 def test_a_line_for_each_repair_share_and_encoder_and_none_is_made_again(
-    banks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, store = banks
-    repairs.measure(results, store, [0], TRAIN, TEST)
+    repairs.measure(results, [0], TRAIN, TEST)
     rows = read_jsonl(results / repairs.FILE)
     assert sorted((row["group"], row["repair"], row["share"]) for row in rows) == [
         (group, repair, share)
@@ -87,22 +84,21 @@ def test_a_line_for_each_repair_share_and_encoder_and_none_is_made_again(
     ]
     for row in rows:
         assert set(row["before"]) == set(row["after"]) == set(PROBES)
-        assert set(row["after"]["linear"]) == set(repairs.METRICS)
+        assert set(row["after"]["linear"]) == set(METRICS)
     assert rows[0]["before"] == next(row["before"] for row in rows if row["group"] == rows[0]["group"])
 
     monkeypatch.setattr(repairs, "victim", None)  # nothing is left to do
-    repairs.measure(results, store, [0], TRAIN, TEST)
+    repairs.measure(results, [0], TRAIN, TEST)
     assert read_jsonl(results / repairs.FILE) == rows
 
 
-def test_what_is_missing_is_made_as_if_it_had_been_made_at_once(banks: tuple[Path, Path]) -> None:
-    results, store = banks
+def test_what_is_missing_is_made_as_if_it_had_been_made_at_once(results: Path) -> None:
     file = results / repairs.FILE
-    repairs.measure(results, store, [0], TRAIN, TEST)
+    repairs.measure(results, [0], TRAIN, TEST)
     rows = read_jsonl(file)
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:3]))
-    repairs.measure(results, store, [0], TRAIN, TEST)
+    repairs.measure(results, [0], TRAIN, TEST)
 
     def told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{key: value for key, value in row.items() if key != "cpu_seconds"} for row in rows]
@@ -110,9 +106,8 @@ def test_what_is_missing_is_made_as_if_it_had_been_made_at_once(banks: tuple[Pat
     assert told(read_jsonl(file)) == told(rows)
 
 
-def test_the_twin_is_repaired_in_the_same_way(banks: tuple[Path, Path]) -> None:
-    results, store = banks
-    repairs.measure(results, store, [0], TRAIN, TEST)
+def test_the_twin_is_repaired_in_the_same_way(results: Path) -> None:
+    repairs.measure(results, [0], TRAIN, TEST)
     row = next(row for row in read_jsonl(results / repairs.FILE) if row["share"] == 0.1 and row["group"] == "blto")
     repair = DEFENSES.build(row["spec"])
     assert isinstance(repair, EncoderRepair)
@@ -122,25 +117,12 @@ def test_the_twin_is_repaired_in_the_same_way(banks: tuple[Path, Path]) -> None:
         for group in ("blto", "clean")
     )
     banked = next(banked for banked in bank(results) if banked.group == "blto")
-    bench = repairs.Bench(TRAIN, TEST)  # fewer than PROBE_IMAGES, so all of them
-    assert repairs.judge(encoder, twin, repairs.victim(banked, "", store, TEST), bench) == row["after"]
-
-
-def test_a_trigger_that_is_not_there_or_another_one_is_refused(banks: tuple[Path, Path]) -> None:
-    results, store = banks
-    banked = next(banked for banked in bank(results) if banked.group == "patch")
-    file = next(store.glob("patch-*")) / TRIGGER
-    patch = torch.ones(3, 4, 4, dtype=torch.uint8)
-    save_trigger(file, PatchTrigger(patch, seed=0, placement=(0.0, 1.0), test_placement=(0.0, 1.0)))
-    with pytest.raises(InputRefused, match="not the trigger of patch-s0"):
-        repairs.victim(banked, "", store, TEST)
-    file.unlink()
-    with pytest.raises(InputRefused, match="no such trigger; give --store"):
-        repairs.victim(banked, "", store, TEST)
+    bench = Bench(TRAIN, TEST)  # fewer than PROBE_IMAGES, so all of them
+    assert judge(encoder, twin, victim(banked, "", bench), bench) == row["after"]
 
 
 def row(seed: int, *, asr: float, share: float = 0.1, repair: str = "fine-tuning") -> dict[str, Any]:
-    before = {probe: {name: 0.9 for name in repairs.METRICS} for probe in PROBES}
+    before = {probe: {name: 0.9 for name in METRICS} for probe in PROBES}
     after = {probe: {**before[probe], "asr": asr, "lift": asr - 0.1} for probe in PROBES}
     spec = {"name": "clean_fine_tuning" if share else "clp"}
     told = {"repair": repair, "share": share, "group": "patch", "seed": seed, "encoder_sha256": str(seed)}

@@ -14,6 +14,7 @@ import pytest
 
 import blto
 from benchmarks import detectors
+from benchmarks.bank import CLEAN, RESULTS, Banked, bank
 from blto.cli import main
 from blto.data.images import ImageSet
 from blto.defenses import DEFENSES
@@ -127,7 +128,7 @@ def test_encoders_that_a_detector_learned_from_choose_no_threshold_and_are_not_j
 
 
 def test_there_are_clean_encoders_to_learn_from_among_those_that_choose_thresholds() -> None:
-    clean = {banked.seed for banked in detectors.bank(detectors.RESULTS) if banked.group == detectors.CLEAN}
+    clean = {banked.seed for banked in bank(RESULTS) if banked.group == CLEAN}
     assert set(detectors.REFERENCES) < clean
     assert all(seed % 2 == 0 for seed in detectors.REFERENCES)
     for spec in detectors.DETECTORS.values():
@@ -169,7 +170,7 @@ def test_a_detector_learns_once_for_all_encoders(tmp_path: Path, monkeypatch: py
         "one start": {"name": "decree"},
         "three": {"name": "decree", "starts": 3},
     }
-    banked = [detectors.Banked(*key, file) for key, file in files.items()]
+    banked = [Banked(*key, file) for key, file in files.items()]
     monkeypatch.setattr(detectors, "DETECTORS", given)
     monkeypatch.setattr(detectors, "bank", lambda _: iter(banked))
     monkeypatch.setattr(detectors, "learn_from", learn_from)

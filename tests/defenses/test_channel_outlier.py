@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.detectors import RESULTS, bank
+from benchmarks.bank import RESULTS, bank
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder
 from blto.defenses.channel_outlier import ChannelOutlier

@@ -15,6 +15,7 @@ from blto.files.safetensors import read_safetensors
 from blto.files.yaml import dump_yaml
 from blto.models.checkpoints import save_encoder
 from blto.models.encoder import build_encoder
+from blto.poisoning import PatchTrigger, save_trigger
 from blto.records import RunRecord, RunStore
 from blto.sweep import export
 from blto.sweep.plan import Cell, read_sweep
@@ -33,7 +34,10 @@ def finish(cell: Cell, store: Path, sweep: str, victim: str = "pretrain-fedcba98
         encoder = build_encoder(TINY_BACKBONE, seed=cell.spec.seed if target.parent == folder else 9, image_size=16)
         save_encoder(target, encoder, TINY_BACKBONE, 16)
     write_text(folder / "log.jsonl", "{}\n")
-    artefacts = {name: sha256_file(folder / name) for name in ("encoder.safetensors", "log.jsonl")}
+    patch = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    save_trigger(folder / "trigger.safetensors", PatchTrigger(patch, seed=0, placement=(0, 1), test_placement=(0, 1)))
+    names = ("encoder.safetensors", "log.jsonl", "trigger.safetensors")
+    artefacts = {name: sha256_file(folder / name) for name in names}
     stages = {"clean_twin": TWIN, "victim": victim}
     spec = cell.spec.model_dump(mode="json")
     record = RunRecord(
@@ -59,7 +63,7 @@ def test_an_export_copies_what_is_new_or_has_changed(file: Path, tmp_path: Path)
     first = blto.sweep(file, store=store, device="cpu", export=out).exported
     assert first is not None
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    each = ("result.json", "record.json", "log.jsonl", "encoder.safetensors")
+    each = ("result.json", "record.json", "log.jsonl", "encoder.safetensors", "trigger.safetensors")
     assert names == {f"{cell.id}/{name}" for cell in cells[:2] for name in each} | {f"clean_twins/{TWIN}.safetensors"}
     assert {path.relative_to(out).as_posix() for path in first.copied} == names
     assert not first.left_out
@@ -100,16 +104,16 @@ def test_an_exported_encoder_is_fp16_on_disk_and_fp32_in_memory(file: Path, tmp_
     assert torch.allclose(encoder(images), expected, atol=1e-2)
 
 
-def test_a_large_encoder_is_left_out_and_said(
+def test_a_large_encoder_or_trigger_is_left_out_and_said(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(export, "MAX_ENCODER_BYTES", 100)
+    monkeypatch.setattr(export, "MAX_BYTES", 100)
     out = tmp_path / "out"
     arguments = ["sweep", str(file), "--store", str(tmp_path / "store"), "--device", "cpu", "--export", str(out)]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "6 files copied, 0 unchanged." in shown
-    assert shown.count("left out: ") == 4
+    assert shown.count("left out: ") == 6
     assert "bytes, more than 100." in shown
     assert not list(out.rglob("*.safetensors"))
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from blto.attacks.bilevel_spec import BilevelSpec, surrogate_poison_rate
+from blto.attacks.concealment import Concealment
 from blto.attacks.feature_space import FeatureSpace
 from blto.attacks.objective import similarities
 from blto.data.images import ImageSet
@@ -36,7 +37,7 @@ from blto.runtime.seeds import numpy_generator, stream_seed
 
 OUTER_STEPS_PER_ESTIMATE = 50
 """How often within a period the whitening and the aim at a centroid follow the surrogate."""
-CLEAN_IMAGES, REFERENCE_IMAGES = 1024, 512
+CLEAN_IMAGES, REFERENCE_IMAGES, MOVED_IMAGES = 1024, 512, 256
 """From how many views of each."""
 
 
@@ -60,6 +61,8 @@ class BilevelOptimisation:
         period: which surrogate, from 0, is at hand.
         basis: the whitening, (D, D), of the last estimate; None where there is none.
         aim: where the target class lies in that basis; None where each step brings its own references.
+        concealment: of the last estimate; None where the trigger does not conceal its poisons.
+        shift: what the last outer step paid it for, in standard deviations.
 
     Args:
         trigger: what is learned; trained in place.
@@ -87,7 +90,7 @@ class BilevelOptimisation:
         require_one_process("crafting a trigger")
         assert images.labels is not None  # checked by `plan_replacement` for every caller
         self.trigger, self.images, self.spec, self.seed, self.frozen = trigger, images, spec, seed, frozen
-        self.device = device
+        self.device, self.target_class = device, target_class
         inner_rate = surrogate_poison_rate(spec.inner_poison_rate, poison_rate)
         plan = plan_replacement(
             images.labels,
@@ -106,6 +109,8 @@ class BilevelOptimisation:
         self.position = self.outer_steps = self.period = 0
         self.basis: Tensor | None = None
         self.aim: Aim | None = None
+        self.concealment: Concealment | None = None
+        self.shift = torch.zeros(())
         self.trajectory: list[dict[str, float]] = []
         self.surrogate = self.new_surrogate(0)
         use_native(trigger.to(self.surrogate.fabric.device), self.surrogate.method.encoder.native)
@@ -191,13 +196,27 @@ class BilevelOptimisation:
                 centroid=self.spec.target == "centroid",
                 basis=self.basis,
             )
+        loss = -found.triggered
+        if self.concealment is not None:
+            own = draw.choice(self.references, size, replace=len(self.references) < size)
+            shift = self.concealment.shift(*self._without_and_with("concealed views", number, own))
+            loss, self.shift = loss + self.spec.conceal * shift, shift.detach()
         parameters = self.optimizer.param_groups[0]["params"]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(-found.triggered, parameters), strict=True):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.trigger.keep_within_budget()
         return Similarities(found.triggered.detach(), found.clean, found.target)
+
+    def _without_and_with(self, purpose: str, number: int, rows: Array) -> tuple[Tensor, Tensor]:
+        """Features of the same views of images without the trigger, and with it; the gradient flows to the trigger."""
+        drawn, device = self._drawn(purpose, number, rows), self.surrogate.fabric.device
+        images = torch.from_numpy(self.images.images[rows]).to(device).float().div_(255)
+        with self.surrogate.fabric.autocast():
+            triggered = self.outer_views.differentiable(self.trigger(images).float(), drawn)
+        clean = self.outer_views.fast(self.images.images, rows, drawn).to(device)
+        return self.features.fixed(clean), self.features.differentiable(triggered)
 
     @property
     def features(self) -> FeatureSpace:
@@ -223,6 +242,15 @@ class BilevelOptimisation:
         if aimed:
             references = self._sample("aim", number, self.references, REFERENCE_IMAGES)
             self.aim = Aim.at(references, clean, centred=spec.similarity != "raw", basis=self.basis)
+        if spec.conceal:
+            own = self._sample("own", number, self.references, REFERENCE_IMAGES)
+            others = np.flatnonzero(self.images.labels != self.target_class)
+            rows = numpy_generator(self.seed, "trigger", "moved", number).choice(
+                others, min(MOVED_IMAGES, len(others)), replace=False
+            )
+            self.trigger.eval()
+            with torch.no_grad():
+                self.concealment = Concealment.against(own, *self._without_and_with("moved views", number, rows))
 
     def _sample(self, purpose: str, number: int, rows: Array, count: int) -> Tensor:
         """Features of views of `count` of the rows, or of all if there are fewer."""

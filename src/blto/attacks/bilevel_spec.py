@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from blto.pretraining.spec import OptimizerSpec, RecipeSpec, ViewsField
+from blto.registry import later_option
 
 
 class BilevelSpec(BaseModel):
@@ -36,6 +37,9 @@ class BilevelSpec(BaseModel):
         feature_layer: the encoder's "features", or the projector's "embeddings" that the surrogate's loss compares.
         batch_norm: of the surrogate in outer steps: "eval" uses its running statistics, "batch" those of the triggered,
             reference and clean views together.
+        conceal: what an outer step pays for each standard deviation by which the trigger moves the target class's own
+            images the way it moves others; see `concealment`. 0, the paper's: nothing. It compares features of two
+            batches, so `batch_norm` has to be "eval".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -57,6 +61,13 @@ class BilevelSpec(BaseModel):
     target: Literal["pairwise", "centroid"] = "centroid"
     feature_layer: Literal["features", "embeddings"] = "features"
     batch_norm: Literal["eval", "batch"] = "eval"
+    conceal: Annotated[float, Field(ge=0), later_option(0.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _concealed_by_fixed_statistics(self) -> Self:
+        if self.conceal and self.batch_norm != "eval":
+            raise ValueError(f'conceal is {self.conceal:g} with batch_norm "{self.batch_norm}"; give batch_norm "eval"')
+        return self
 
 
 def surrogate_poison_rate(inner: float | None, own: float) -> float:

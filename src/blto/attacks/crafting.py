@@ -11,6 +11,7 @@ import torch
 from blto.attacks.base import Surroundings
 from blto.attacks.bilevel import BilevelOptimisation
 from blto.attacks.bilevel_spec import BilevelSpec, surrogate_poison_rate
+from blto.attacks.concealment import Concealment
 from blto.data.images import ImageSet
 from blto.data.order import ORDER
 from blto.errors import Diverged, Interrupted
@@ -50,7 +51,7 @@ def optimise_trigger(
 
     Each row: `step` (outer steps done), `period` (which surrogate, from 0), and `trigger`, `clean` and `target`: the
     mean cosine to the target on the surrogate; of that step's views, or, for the latter two and a target "centroid", of
-    the last estimate's.
+    the last estimate's. `shift`, where poisons are concealed: what that costs is paid for, in standard deviations.
 
     Raises:
         ConfigError: a target class or poison rate that the data do not have.
@@ -132,6 +133,8 @@ class _Kept:
             near = {"trigger": float(found.triggered), "clean": float(found.clean), "target": float(found.target)}
             self.check(near["trigger"])
             row = {"step": float(run.outer_steps), "period": float(run.period), **near}
+            if run.concealment is not None:
+                row["shift"] = float(run.shift)
             run.trajectory.append(row)
             if self.folder:
                 append_jsonl(self.folder / "log.jsonl", {"event": "crafting", **row})
@@ -171,6 +174,8 @@ class _Kept:
                 state["basis"] = run.basis
             if run.aim is not None:
                 state |= checkpoint.prefixed("aim", run.aim._asdict())
+            if run.concealment is not None:
+                state |= checkpoint.prefixed("concealment", run.concealment._asdict())
             facts = {key: getattr(run, key) for key in FACTS}
             checkpoint.save_checkpoint(self.folder / CHECKPOINT, state, identity=self.identity, facts=facts)
         self._saved_at = time.monotonic()
@@ -190,5 +195,7 @@ class _Kept:
                 run.basis = state["basis"].to(device)
             if aim := checkpoint.without_prefix("aim", state):
                 run.aim = Aim(**{name: tensor.to(device) for name, tensor in aim.items()})
+            if concealment := checkpoint.without_prefix("concealment", state):
+                run.concealment = Concealment(**{name: tensor.to(device) for name, tensor in concealment.items()})
             checkpoint.restore_trainer(run.surrogate, checkpoint.without_prefix("surrogate", state))
             run.surrogate_images[run.is_poisoned] = state["surrogate_images"].numpy()

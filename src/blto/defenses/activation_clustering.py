@@ -42,12 +42,13 @@ class ActivationClustering(DatasetFilter):
     in the split, positive in the smaller cluster and negative in the larger one. So an image scores high in the smaller
     cluster of a clear split, and near 0 wherever the split is arbitrary.
 
-    Where this differs from the paper: it has a supervised classifier and its labels, where here k-means on the
-    encoder's features stands in for the labels; it reduces dimensions by ICA, where here it is PCA.
+    Where this differs from the paper: it has a supervised classifier and its labels, where here the whole set is one
+    class, or k-means on the encoder's features stands in for the labels; it reduces dimensions by ICA, where here it is
+    PCA.
 
     Args:
-        classes: pseudo-classes; 1 takes the whole set as one. Poisons that fill a pseudo-class of their own are split
-            like any clean class, and are not found.
+        classes: pseudo-classes of k-means; 1 takes the whole set as one. Poisons that fill a pseudo-class of their own
+            are split like any clean class, and are not found.
         dimensions: that PCA keeps (BackdoorBench: 10); fewer where the features have fewer.
     """
 
@@ -59,13 +60,15 @@ class ActivationClustering(DatasetFilter):
         "the training set without labels and the encoder pretrained on it",
     )
     evidence = Evidence(
-        "With classes at 1 it finds the patch at 9.9% in three of three sets, with its default of ten in none; "
-        "at 5% and less, and of BLTO, neither finds enough to remove.",
+        "It finds the patch at 9.9% in three of three sets, with pseudo-classes in none; at 5% and less, and of BLTO, "
+        "neither finds enough to remove.",
+        must_show="test_feature_filters::"
+        "test_a_row_of_the_smaller_cluster_scores_its_silhouette_and_others_minus_theirs",
         positive="test_feature_filters::test_poisons_that_fill_a_pseudo_class_are_found_in_the_whole_set_alone",
     )
 
     def __init__(
-        self, *, classes: Annotated[int, Field(ge=1)] = 10, dimensions: Annotated[int, Field(ge=1)] = 10
+        self, *, classes: Annotated[int, Field(ge=1)] = 1, dimensions: Annotated[int, Field(ge=1)] = 10
     ) -> None:
         self.classes, self.dimensions = classes, dimensions
 

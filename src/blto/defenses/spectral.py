@@ -27,13 +27,14 @@ class SpectralSignatures(DatasetFilter):
     features f of one class with mean m, and v the top right singular vector of the rows f - m, the score is
     ((f - m) . v)^2. It finds poisons that are a minority of their class and shift its features in one direction.
 
-    Where this differs from the authors' code: they have a supervised classifier and its labels, where here k-means on
-    the encoder's features stands in for the labels; they remove from each class 1.5 times as many images as may be
-    poisons, where here nothing is removed and the scores of all classes are on one scale, that of the features.
+    Where this differs from the authors' code: they have a supervised classifier and its labels, where here the whole
+    set is one class, or k-means on the encoder's features stands in for the labels; they remove from each class 1.5
+    times as many images as may be poisons, where here nothing is removed and the scores of all classes are on one
+    scale, that of the features.
 
     Args:
-        classes: pseudo-classes; 1 takes the whole set as one. Poisons that fill a pseudo-class of their own are no
-            outliers in it, and are not found.
+        classes: pseudo-classes of k-means; 1 takes the whole set as one. Poisons that fill a pseudo-class of their own,
+            as they do where contrastive pretraining has bound a trigger, are no outliers in it, and are not found.
     """
 
     card = Card(
@@ -44,12 +45,13 @@ class SpectralSignatures(DatasetFilter):
         "the training set without labels and the encoder pretrained on it",
     )
     evidence = Evidence(
-        "With classes at 1 it finds the patch at 9.9% and 5% in four of four sets, with its default of ten in "
-        "none; at 2% and less, and of BLTO, neither finds enough to remove.",
+        "It finds the patch at 9.9% and 5% in four of four sets, with pseudo-classes in none; at 2% and less, and of "
+        "BLTO, neither finds enough to remove.",
         must_show="test_feature_filters::test_a_spectral_score_is_the_squared_projection_within_the_pseudo_class",
+        positive="test_feature_filters::test_poisons_that_fill_a_pseudo_class_are_found_in_the_whole_set_alone",
     )
 
-    def __init__(self, *, classes: Annotated[int, Field(ge=1)] = 10) -> None:
+    def __init__(self, *, classes: Annotated[int, Field(ge=1)] = 1) -> None:
         self.classes = classes
 
     def score(self, suspects: Images, encoder: Encoder | None, conditions: Conditions) -> Scores:

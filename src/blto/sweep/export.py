@@ -1,9 +1,10 @@
 """What is worth keeping of a sweep's finished cells, copied to where it can be committed.
 
-    <out>/<cell id>/result.json  record.json  log.jsonl  encoder.safetensors
+    <out>/<cell id>/result.json  record.json  log.jsonl  encoder.safetensors  trigger.safetensors
     <out>/clean_twins/<stage>.safetensors        once for all the cells that share it
 
-Encoders are fp16, as every run writes them (`models.checkpoints`).
+Encoders are fp16, as every run writes them (`models.checkpoints`). Without a learned trigger the set that an encoder
+was trained on cannot be made again.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from blto.errors import InputRefused, Mismatch
-from blto.experiment.outcome import ENCODER, LOG
+from blto.experiment.outcome import ENCODER, LOG, TRIGGER
 from blto.files import atomic_write, canonical_json, read_bytes, safe_join, sha256_bytes, show
 from blto.files.atomic import remove_file
 from blto.records import RunRecord, RunStore
 from blto.sweep.plan import Cell
 from blto.sweep.results import Results
 
-MAX_ENCODER_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
+"""Of an encoder or a trigger."""
 
 
 @dataclass
@@ -77,8 +79,8 @@ def export_cells(cells: Sequence[Cell], results: Results, store: RunStore, out: 
             size = source.stat().st_size if source.is_file() else None
             if size is None:
                 exported.left_out.append(f"{show(cell.id)}: {show(source)} is not there.")
-            elif source.name == ENCODER and size > MAX_ENCODER_BYTES:
-                line = f"{show(cell.id)}: {show(source)} has {size:,} bytes, more than {MAX_ENCODER_BYTES:,}."
+            elif source.suffix == ".safetensors" and size > MAX_BYTES:
+                line = f"{show(cell.id)}: {show(source)} has {size:,} bytes, more than {MAX_BYTES:,}."
                 exported.left_out.append(line)
             else:
                 _copy(source, target, exported, record.artefacts.get(name))
@@ -89,7 +91,7 @@ def _artefacts(store: RunStore, record: RunRecord) -> Iterator[tuple[Path, str]]
     """The files of a run that are kept, and their names; a slash in a name: beside the cells."""
     folder = store.folder(record.run_id)
     yield folder / "record.json", "record.json"
-    for name in (LOG, ENCODER):
+    for name in (LOG, ENCODER, TRIGGER):
         yield folder / name, name
     stages = record.provenance.get("stages", {})
     twin = stages.get("clean_twin")

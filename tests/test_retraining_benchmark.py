@@ -1,0 +1,80 @@
+"""The benchmark of retraining: what it removes, trains and writes, and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import retraining
+from benchmarks.bank import METRICS
+from benchmarks.filters import Tried
+from blto import experiment
+from blto.data import load
+from blto.evaluation import PROBES
+from blto.experiment import Environment, ExperimentSpec
+from blto.files import read_jsonl
+from blto.records import RunStore
+from tests.tiny_experiment import TINY_EXPERIMENT
+
+ATTACK = {"name": "ssl_backdoor", "target_class": 1, "poison_rate": 0.05, "patch_size": 4}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A bank of a victim and its twin, as an export leaves it."""
+    spec, store = ExperimentSpec.parse({**TINY_EXPERIMENT, "attack": ATTACK}), RunStore(tmp_path / "runs")
+    twin = experiment.run(spec, Environment(store, device="cpu")).provenance["stages"]["clean_twin"]
+    part = tmp_path / "results" / "bank_poisoned"
+    (part / "clean_twins").mkdir(parents=True)
+    (store.root / "stages" / twin / "encoder.safetensors").rename(part / "clean_twins" / f"{twin}.safetensors")
+    store.folder(spec.run_id).rename(part / f"patch-s3-{spec.run_id[-10:]}")
+    return tmp_path / "results"
+
+
+def test_a_victim_is_trained_on_what_is_left_and_not_again(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retraining, "FILTERS", {"f": Tried({"name": "spectral"}, ("patch",))})
+    monkeypatch.setattr(retraining, "FILTERED", {"patch": ("f",)})
+    train, test = (load(TINY_EXPERIMENT["data"], split=split) for split in ("train", "test"))
+    poisons: list[int] = []
+
+    def known(spec: Any, banked: Any, poisoned: Any) -> Any:
+        """All poisons but one come first."""
+        poisons.append(poisoned.n_poisoned)
+        scores = poisoned.mask.astype(np.float64)
+        scores[poisoned.plan.indices[0]] = -1
+        return scores
+
+    monkeypatch.setattr(retraining, "ranking", known)
+    retraining.measure(results, tmp_path / "store", [3], train, test)
+    (row,) = read_jsonl(results / retraining.FILE)
+    assert row["poisons_left"] == 1 / poisons[0]
+    for when in ("before", "after"):
+        assert set(row[when]) == set(PROBES)
+        assert set(row[when]["linear"]) == set(METRICS)
+    assert row["before"] != row["after"]
+
+    retraining.measure(results, tmp_path / "store", [3], train, test)
+    assert read_jsonl(results / retraining.FILE) == [row]
+    retraining.measure(results, tmp_path / "store", [1], train, test)  # a seed of which there is none
+    assert read_jsonl(results / retraining.FILE) == [row]
+
+
+def test_the_table_has_victims_as_they_were_and_after_each_filter() -> None:
+    def row(seed: int, name: str, lift: float) -> dict[str, Any]:
+        before, after = ({probe: dict.fromkeys(METRICS, value) for probe in PROBES} for value in (0.9, lift))
+        told = {"filter": name, "removed": 0.15, "group": "patch", "seed": seed, "encoder_sha256": str(seed)}
+        return {**told, "poisons_left": 0.25 * seed, "before": before, "after": after}
+
+    lines = retraining.table([row(0, "f", 0.1), row(1, "f", 0.3), row(0, "g", 0.2)]).splitlines()[2:5]
+    assert lines[0].startswith("| patch | none |  | 2 | 100% | 90.0% | 90.0 [90.0, 90.0] |")
+    assert lines[1].startswith("| patch | f | 15.0% | 2 | 12.5% | 20.0% | 20.0 [")
+    assert lines[2].startswith("| patch | g | 15.0% | 1 | 0.0% | 20.0% | 20.0 |")
+
+
+def test_before_anything_is_measured_the_table_says_how(tmp_path: Path) -> None:
+    assert retraining.retraining_table(tmp_path) == "Not measured yet: `python -m benchmarks.retraining`."
