@@ -1,11 +1,15 @@
-"""Small things that many tests need: random images with labels, and recipes that run in a second."""
+"""Small things that many tests need: random images with labels, untrained encoders, recipes that run in a second."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 
 from blto.attacks.bilevel_spec import BilevelSpec
 from blto.data.images import ImageSet
+from blto.models.checkpoints import save_encoder
+from blto.models.encoder import build_encoder
 from blto.pretraining.spec import OptimizerSpec, PretrainingSpec, RecipeSpec
 
 TINY_BACKBONE = {"name": "small_resnet", "width": 4, "stem_stride": 2}
@@ -22,6 +26,14 @@ def random_images(count: int = 40, *, size: int = 16, classes: int = 4, seed: in
     images = np.random.default_rng(seed).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
     labels = np.arange(count, dtype=np.int64) % classes
     return ImageSet(images, labels, tuple(f"class {label}" for label in range(classes)), "noise")
+
+
+def tiny_encoders(folder: Path, count: int) -> list[Path]:
+    """Files of encoders for images of 16 pixels, of the seeds from 0 on."""
+    files = [folder / f"{seed:02d}.safetensors" for seed in range(count)]
+    for seed, file in enumerate(files):
+        save_encoder(file, build_encoder(TINY_BACKBONE, seed=seed, image_size=16), TINY_BACKBONE, 16)
+    return files
 
 
 def tiny_recipe(method: str = "simclr", *, i_cutmix: float = 0.0, **changes: object) -> PretrainingSpec:

@@ -13,10 +13,8 @@ from blto.audit.page import render_page
 from blto.audit.verdict import Outcome, Verdict, clean_encoders_needed, judge
 from blto.defenses.base import Conditions, learn_from
 from blto.errors import ConfigError
-from blto.models.checkpoints import save_encoder
-from blto.models.encoder import build_encoder
 from blto.records import RunStore
-from tests.factories import TINY_BACKBONE, random_images
+from tests.factories import random_images, tiny_encoders
 
 IMAGES = random_images(128, size=16).without_labels()
 LEARNING: dict[str, Any] = {
@@ -32,11 +30,7 @@ SIMPLE = {"name": "channel_outlier"}
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("encoders")
-    for seed in range(6):
-        encoder = build_encoder(TINY_BACKBONE, seed=seed, image_size=16)
-        save_encoder(folder / f"{seed:02d}.safetensors", encoder, TINY_BACKBONE, 16)
-    return sorted(folder.iterdir())
+    return tiny_encoders(tmp_path_factory.mktemp("encoders"), 6)
 
 
 def scan(encoders: list[Path], store: Path, *detectors: dict[str, Any], **options: Any) -> EncoderScan:

@@ -30,6 +30,7 @@ from blto.runtime import on_ray
 from blto.runtime.executors import WITH_RAY, Serial, build_executor
 from tests.audit.piles import CLEAN, EVERY, SUSPECTS, patched, scanned, shapes, without_times, write
 from tests.audit.test_sarif import problems
+from tests.cli.test_bad_input import refused
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "clean": write(root / "clean", images[SUSPECTS:]),
         "store": root / "store",
     }
+
+
+def command(suspects: Path | str, clean: Path | str | None, store: Path, *more: str) -> list[str]:
+    """The words of a scan of folders or data sets."""
+    known = [] if clean is None else ["--clean", str(clean)]
+    return ["scan", "data", str(suspects), *known, "--store", str(store), "--quiet", *more]
 
 
 def test_pasted_patches_make_a_pile_suspect_and_are_named(places: dict[str, Path], tmp_path: Path) -> None:
@@ -135,13 +142,11 @@ def test_what_cannot_be_read_is_listed_and_left_out_where_that_is_permitted(
     (folder / "1" / "cat\x1b[2J.gif").write_bytes(b"GIF89a")
     os.mkfifo(folder / "1" / "pipe.png")
     (folder / "labels.json").write_text("{}")
-    given = ["scan", "data", str(folder), "--clean", str(places["clean"]), "--store", str(tmp_path / "s"), "--quiet"]
-    assert main(given) == 3
-    said = capsys.readouterr().err.strip()
+    given = command(folder, places["clean"], tmp_path / "s")
+    said = refused(capsys, *given, code=3)
     assert said.startswith(
         "blto: error[IMAGE-REFUSED]: 3 of 702 images cannot be read, the first: 0/00002.png: damaged"
     )
-    assert "\n" not in said
     assert "or give --skip-bad 3" in said
     (listing,) = (tmp_path / "s").rglob("unreadable.txt")
     lines = listing.read_text().splitlines()
@@ -296,28 +301,24 @@ def test_a_drill_needs_clean_images_and_they_are_not_the_suspects(places: dict[s
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "message"),
+    ("more", "message"),
     [
-        (["--clean", "nowhere"], 2, "error[NO-DATA]: nowhere: no such folder; give one with images in it"),
-        (["--clean", "{name: nothing}"], 2, 'unknown dataset "nothing"'),
-        (["--workers", "2"], 2, "--workers is 2, but the serial executor has one"),
-        (["--executor", "processes", "--workers", "999"], 2, "--workers is 999, but"),
-        (["--address", "127.0.0.1:1"], 2, "--address 127.0.0.1:1: only for a Ray cluster; add --executor ray"),
-        (["--executor", "ray", "--workers", "0"], 2, "--workers is 0; give 1 or more"),
-        (["--executor", "ray", "--address", "127.0.0.1:1"], 2, "--address 127.0.0.1:1: no Ray cluster answers there"),
-        (["--executor", "ray", "--address", "nobody"], 2, "--address nobody: no Ray cluster answers there"),
+        (["--clean", "nowhere"], "error[NO-DATA]: nowhere: no such folder; give one with images in it"),
+        (["--clean", "{name: nothing}"], 'unknown dataset "nothing"'),
+        (["--workers", "2"], "--workers is 2, but the serial executor has one"),
+        (["--executor", "processes", "--workers", "999"], "--workers is 999, but"),
+        (["--address", "127.0.0.1:1"], "--address 127.0.0.1:1: only for a Ray cluster; add --executor ray"),
+        (["--executor", "ray", "--workers", "0"], "--workers is 0; give 1 or more"),
+        (["--executor", "ray", "--address", "127.0.0.1:1"], "--address 127.0.0.1:1: no Ray cluster answers there"),
+        (["--executor", "ray", "--address", "nobody"], "--address nobody: no Ray cluster answers there"),
     ],
 )
 def test_the_command_refuses_in_one_line(
-    more: list[str], code: int, message: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    more: list[str], message: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "ray" in more and "--address" in more:
         pytest.importorskip("ray")
-    given = ["scan", "data", str(places["patched"]), "--store", str(places["store"]), "--quiet"]
-    assert main([*given, *more]) == code
-    said = capsys.readouterr().err.strip()
-    assert message in said
-    assert "\n" not in said
+    assert message in refused(capsys, *command(places["patched"], None, places["store"], *more))
 
 
 def test_too_few_images_are_refused(
@@ -330,8 +331,7 @@ def test_too_few_images_are_refused(
         (places["patched"], few, "few: 9 images, and the detectors need 40; give more"),
         (tmp_path / "none", few, "none: no image in it; give a folder with"),
     ):
-        assert main(["scan", "data", str(pile), "--clean", str(clean), "--store", str(tmp_path / "s")]) == 3
-        assert message in capsys.readouterr().err
+        assert message in refused(capsys, *command(pile, clean, tmp_path / "s"), code=3)
 
 
 def test_without_ray_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +350,7 @@ def test_the_command_writes_page_sarif_and_json_and_leaves_with_the_verdict(
 ) -> None:
     pile = write(tmp_path / "<b>pile", patched())
     page, sarif = tmp_path / "scan.html", tmp_path / "scan.sarif"
-    given = ["scan", "data", str(pile), "--clean", str(places["clean"]), "--store", str(tmp_path / "s"), "--quiet"]
+    given = command(pile, places["clean"], tmp_path / "s")
     assert main([*given, "--page", str(page), "--sarif", str(sarif)]) == 1
     said = capsys.readouterr().out
     assert said.startswith("<b>pile: suspect, p = ")
@@ -380,10 +380,9 @@ def test_the_exit_codes_are_the_verdicts_and_data_sets_have_names(
     places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = "{name: synthetic, train_size: 300, test_size: 200}"
-    given = ["scan", "data", made, "--store", str(tmp_path), "--quiet"]
-    assert main([*given, "--clean", made]) == 0
+    assert main(command(made, made, tmp_path)) == 0
     assert ": clean, p = " in capsys.readouterr().out
-    assert main([*given, "--sarif", str(tmp_path / "a.sarif")]) == 8
+    assert main(command(made, None, tmp_path, "--sarif", str(tmp_path / "a.sarif"))) == 8
     assert ": inconclusive" in capsys.readouterr().out
     document = json.loads((tmp_path / "a.sarif").read_text())
     assert problems(document) == []

@@ -9,15 +9,12 @@ import pytest
 from blto.audit.encoder import scan_encoder
 from blto.defenses.channel_outlier import ChannelOutlier
 from blto.defenses.evidence import Evidence
-from blto.models.checkpoints import save_encoder
-from blto.models.encoder import build_encoder
 from blto.records import RunStore
-from tests.factories import TINY_BACKBONE, random_images
+from tests.factories import random_images, tiny_encoders
 
 
 def test_an_experimental_detector_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "e.safetensors"
-    save_encoder(file, build_encoder(TINY_BACKBONE, seed=0, image_size=16), TINY_BACKBONE, 16)
+    (file,) = tiny_encoders(tmp_path, 1)
 
     def notes() -> tuple[str, ...]:
         images, detectors = random_images(64, size=16).without_labels(), [{"name": "channel_outlier"}]

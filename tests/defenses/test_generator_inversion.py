@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blto.defenses import DEFENSES
-from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder, learn_from
+from blto.defenses.base import Conditions, EncoderDetector, Images, Inspection, inspect_encoder, learn_from, taught
 from blto.defenses.cluster_triggers import common_clusters, vectors_of
 from blto.defenses.decree import DECREE
 from blto.defenses.generator_inversion import USUAL, GeneratorInversion, log_shifts
@@ -25,7 +25,7 @@ from tests.defenses.random_filters import clean, stretched
 from tests.defenses.tampered import SMALL, clean_images, settle
 
 pytestmark = pytest.mark.usefixtures("one_start")
-CLUSTERS = 3
+CLUSTERS, HASTY = 3, 1
 IMAGES = clean_images()
 REFERENCES, OTHERS, PLANTED, FURTHER = (0, 1, 2), (3, 4, 5, 6, 10, 11, 12), (5, 6, 7), (13, 14, 15, 16)
 """Seeds: learned from; clean; tampered with; clean, then tampered with."""
@@ -42,7 +42,7 @@ def learned() -> Conditions:
 
 
 def quickly(seed: int = 0, count: int = 2, more: int = 0) -> Conditions:
-    hasty = detector(references=count, steps=1)
+    hasty = detector(references=count, steps=HASTY)
     return learn_from(hasty, [clean(each) for each in range(count + more)], IMAGES, Conditions(seed))
 
 
@@ -105,8 +105,9 @@ def test_a_further_clean_encoder_is_told_from_a_tampered_one_and_no_other() -> N
 def test_level_and_score_are_mean_and_deviation_of_the_excess_over_what_is_usual() -> None:
     alone = quickly(count=1)
     excess = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
-    beside = {**alone.learned, USUAL: alone.learned[USUAL] - excess}
-    found = inspect(clean(0), Conditions(learned=beside))
+    tensors = alone.learned.tensors
+    hasty = detector(steps=HASTY)
+    found = inspect_encoder(hasty, clean(0), IMAGES, taught(hasty, {**tensors, USUAL: tensors[USUAL] - excess}, alone))
     assert found.score == pytest.approx(np.std([0.5, -1.0, 0.2]))
     assert list(found.measures) == ["level", "cluster"]
     assert found.measures["level"] == pytest.approx(-0.1)
@@ -127,8 +128,30 @@ def test_images_with_the_trigger_of_the_oddest_cluster_are_shown() -> None:
 
 
 def test_it_has_to_learn_first() -> None:
-    with pytest.raises(InputRefused, match=r"^generator inversion compares with clean encoders of .*; give some\.$"):
+    with pytest.raises(InputRefused, match=r"^GeneratorInversion: compares with clean encoders of .*; give some.*\.$"):
         inspect(clean(0), Conditions())
+
+
+@pytest.mark.parametrize(("option", "value"), [("clusters", 2), ("epsilon", 0.1), ("steps", 11), ("moved", 63)])
+def test_what_was_learned_with_other_options_is_refused(option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"^GeneratorInversion: has .*'{option}': {value}\b.*, and was given .*\.$"):
+        inspect_encoder(detector(**{option: value}), clean(3), IMAGES, learned())
+
+
+class Simple(EncoderDetector):
+    """Learns nothing."""
+
+    def inspect(self, encoder: Encoder, images: Images, conditions: Conditions) -> Inspection:
+        return Inspection(0.5, None)
+
+
+def test_what_another_detector_has_learned_is_refused_and_one_that_learns_nothing_does_not_care() -> None:
+    others = taught(Simple(), learned().learned.tensors, Conditions())
+    with pytest.raises(
+        ConfigError, match=r"^GeneratorInversion: was given what Simple has learned; let it learn .*\.$"
+    ):
+        inspect(clean(3), others)
+    assert inspect_encoder(Simple(), clean(3), IMAGES, learned()).score == 0.5
 
 
 def test_too_few_references_or_images_are_refused_and_more_are_not_looked_at() -> None:
@@ -141,7 +164,7 @@ def test_too_few_references_or_images_are_refused_and_more_are_not_looked_at() -
         learn_from(detector(references=2, images=257), encoders, IMAGES, Conditions())
     with pytest.raises(InputRefused, match="100 images for 101 clusters"):
         learn_from(detector(references=2, images=100, clusters=101), encoders, IMAGES, Conditions())
-    assert same(quickly().learned, quickly(more=1).learned)
+    assert same(quickly().learned.tensors, quickly(more=1).learned.tensors)
 
 
 def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
@@ -152,15 +175,15 @@ def test_a_detector_that_learns_nothing_is_given_nothing_and_needs_no_reference(
     conditions = Conditions(3)
     assert learn_from(DECREE(images=2), [], None, conditions) is conditions
     assert DECREE.references == 0
-    assert dict(EncoderDetector.learning) == conditions.learned == {}
+    assert dict(EncoderDetector.learning) == conditions.learned.tensors == {}
 
 
 def test_what_it_learned_can_be_written_and_read(tmp_path: Path) -> None:
     file = tmp_path / "learned.safetensors"
-    write_safetensors(file, {name: value.numpy() for name, value in learned().learned.items()}, {})
+    write_safetensors(file, {name: value.numpy() for name, value in learned().learned.tensors.items()}, {})
     read = {name: torch.from_numpy(value.copy()) for name, value in read_safetensors(file)[0].items()}
-    assert same(read, learned().learned)
-    again, first = inspect(clean(3), Conditions(learned=read)), inspect(clean(3))
+    assert same(read, learned().learned.tensors)
+    again, first = inspect(clean(3), taught(detector(), read, Conditions())), inspect(clean(3))
     assert (again.score, again.measures) == (first.score, first.measures)
 
 
@@ -171,9 +194,10 @@ def test_what_learning_depends_on_is_said() -> None:
 
 def test_it_is_a_function_of_its_seed() -> None:
     first, again, other = quickly(), quickly(), quickly(1)
-    assert same(first.learned, again.learned)
-    assert not same(first.learned, other.learned)
-    assert inspect(clean(3), first).measures == inspect(clean(3), again).measures
+    assert same(first.learned.tensors, again.learned.tensors)
+    assert not same(first.learned.tensors, other.learned.tensors)
+    one, two = (inspect(clean(3), each, steps=HASTY).measures for each in (first, again))
+    assert one == two
 
 
 def test_encoders_and_images_are_left_as_they_were() -> None:

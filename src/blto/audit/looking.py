@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from blto.attacks.bad_encoder import BadEncoder
 from blto.attacks.base import Surroundings
 from blto.audit.reading import Suspect, suspect_of
 from blto.data.images import ImageSet
-from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder, learn_from
+from blto.defenses.base import Conditions, EncoderDetector, Inspection, inspect_encoder, learn_from, taught
 from blto.files.safetensors import read_safetensors, write_safetensors
 from blto.models.encoder import Encoder
 from blto.records import RunStore, StageFolder
@@ -66,9 +66,9 @@ class Looking:
             if needed:
                 self.conditions.progress.say(f"{spec['name']}: learns from {len(references)} clean encoders")
                 encoders = [each.encoder for each in references]
-                _write(stage, learn_from(detector, encoders, self.images, self.conditions).learned)
+                _write(stage, learn_from(detector, encoders, self.images, self.conditions).learned.tensors)
                 stage.commit({})
-        return replace(self.conditions, learned=_read(stage))
+        return taught(detector, _read(stage), self.conditions)
 
     def plant(self, clean: Suspect) -> tuple[Suspect, float]:
         """The encoder after BadEncoder, which takes a white square for one of the images, drawn from the seed; and the

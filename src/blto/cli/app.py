@@ -20,6 +20,7 @@ from blto.cli.arguments import (
     Json,
     Layout,
     OutFile,
+    OwnSeed,
     Quiet,
     Resume,
     Seed,
@@ -52,7 +53,7 @@ def _no_command(context: typer.Context) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and report.html.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every choice.")] = 0,
+    seed: OwnSeed = 0,
     engine: EngineOption = None,
     device: DeviceOption = Device.AUTO,
     resume: Resume = False,

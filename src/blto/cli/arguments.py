@@ -44,6 +44,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Set one key, as attack.poison_rate=0.005; may be given again."),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of every choice; overrules the configuration's.")]
+OwnSeed = Annotated[int, typer.Option(min=0, help="Seed of every choice.")]
 Store = Annotated[Path, typer.Option(help="Folder of the runs and of what they share.")]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Folder of the data sets; else the variable BLTO_DATA.", show_default=False)
@@ -56,6 +57,8 @@ DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of an interrupted stage.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+PageFile = Annotated[Path | None, typer.Option(help="An HTML page to write.", show_default=False)]
+SarifFile = Annotated[Path | None, typer.Option(help="A SARIF file to write.", show_default=False)]
 OutFile = Annotated[Path | None, typer.Option(help="Copy the file to here.", show_default=False)]
 
 

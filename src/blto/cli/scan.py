@@ -10,7 +10,7 @@ import typer
 
 import blto
 from blto.cli import output
-from blto.cli.arguments import DataRoot, Device, DeviceOption, Json, Quiet, Store
+from blto.cli.arguments import DataRoot, Device, DeviceOption, Json, OwnSeed, PageFile, Quiet, SarifFile, Store
 from blto.errors import ConfigError
 from blto.files import show
 from blto.files.yaml import parse_value
@@ -63,9 +63,9 @@ def encoder(
     std: Annotated[
         tuple[float, float, float] | None, typer.Option(help="With --arch: of the channels.", show_default=False)
     ] = None,
-    page: Annotated[Path | None, typer.Option(help="An HTML page to write.", show_default=False)] = None,
-    sarif: Annotated[Path | None, typer.Option(help="A SARIF file to write.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every choice.")] = 0,
+    page: PageFile = None,
+    sarif: SarifFile = None,
+    seed: OwnSeed = 0,
     store: Store = Path("runs"),
     data_root: DataRoot = None,
     device: DeviceOption = Device.AUTO,
@@ -127,9 +127,9 @@ def data(
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster, host:port; else one is started here.", show_default=False)
     ] = None,
-    page: Annotated[Path | None, typer.Option(help="An HTML page to write.", show_default=False)] = None,
-    sarif: Annotated[Path | None, typer.Option(help="A SARIF file to write.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every choice.")] = 0,
+    page: PageFile = None,
+    sarif: SarifFile = None,
+    seed: OwnSeed = 0,
     store: Store = Path("runs"),
     data_root: DataRoot = None,
     quiet: Quiet = False,

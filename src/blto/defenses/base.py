@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blto.data.images import ImageSet
 from blto.defenses.evidence import Evidence
-from blto.errors import Diverged, InputRefused
+from blto.errors import ConfigError, Diverged, InputRefused
 from blto.models.encoder import Encoder
 from blto.pretraining.spec import PretrainingSpec
 from blto.runtime.progress import SILENT, Progress
@@ -29,6 +29,24 @@ from blto.runtime.seeds import numpy_generator
 
 Images = npt.NDArray[np.uint8]
 Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What a detector has learned of clean encoders, and which it was: to one of other options it means nothing.
+
+    Attributes:
+        detector: its class's name; empty where nothing was learned.
+        options: its `EncoderDetector.learning`.
+        tensors: what its `learn` has returned, on the CPU.
+    """
+
+    detector: str
+    options: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+NOTHING = Learned("", {}, {})
 
 
 @dataclass(frozen=True)
@@ -39,13 +57,13 @@ class Conditions:
         seed: of all that is drawn.
         device: "cpu" or "cuda".
         progress: where progress goes.
-        learned: what a detector's `learn` has returned; nothing for those that learn nothing.
+        learned: what the detector has learned; nothing for those that learn nothing.
     """
 
     seed: int = 0
     device: str = "cpu"
     progress: Progress = field(default=SILENT)
-    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    learned: Learned = field(default=NOTHING)
 
 
 class Defense:
@@ -205,16 +223,41 @@ def learn_from(
     if not detector.references:
         return conditions
     taken = [encoder.eval() for encoder in references[: detector.references]]
-    return replace(conditions, learned=detector.learn(taken, shown(detector, images, conditions), conditions))
+    return taught(detector, detector.learn(taken, shown(detector, images, conditions), conditions), conditions)
+
+
+def taught(detector: EncoderDetector, tensors: Mapping[str, Tensor], conditions: Conditions) -> Conditions:
+    """The conditions with what `learn` of such a detector has returned, now or before it was kept."""
+    return replace(conditions, learned=Learned(type(detector).__name__, detector.learning, tensors))
 
 
 def inspect_encoder(
     detector: EncoderDetector, encoder: Encoder, images: ImageSet | None, conditions: Conditions
 ) -> Inspection:
-    """Let a detector look at an encoder, and take the time. Raises InputRefused for too few images."""
+    """Let a detector look at an encoder, and take the time.
+
+    Raises:
+        InputRefused: too few images, or the detector learns from clean encoders and nothing was learned.
+        ConfigError: what was learned is another detector's, or one's of other options.
+    """
+    _require_own(detector, conditions.learned)
     given, started = shown(detector, images, conditions), time.monotonic()
     found = detector.inspect(encoder.eval(), given, conditions)
     return replace(found, seconds=time.monotonic() - started)
+
+
+def _require_own(detector: EncoderDetector, learned: Learned) -> None:
+    """Raises as `inspect_encoder` says where such a detector cannot use what was learned."""
+    name = type(detector).__name__
+    if not detector.references:
+        return
+    if not learned.detector:
+        raise InputRefused(f"{name}: compares with clean encoders of the family; give some, by learn_from.")
+    if learned.detector != name:
+        raise ConfigError(f"{name}: was given what {learned.detector} has learned; let it learn for itself.")
+    if differ := [key for key, value in detector.learning.items() if learned.options.get(key) != value]:
+        given, own = ({key: each.get(key) for key in differ} for each in (learned.options, detector.learning))
+        raise ConfigError(f"{name}: has {own}, and was given what was learned with {given}; let it learn again.")
 
 
 def repair_encoder(repair: EncoderRepair, encoder: Encoder, images: ImageSet | None, conditions: Conditions) -> Encoder:

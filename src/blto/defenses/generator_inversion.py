@@ -15,7 +15,6 @@ from torch import Tensor
 from blto.defenses.base import Conditions, EncoderDetector, Images, Inspection
 from blto.defenses.cluster_triggers import Search, common_clusters, invert_clusters, vectors_of
 from blto.defenses.evidence import Evidence
-from blto.errors import InputRefused
 from blto.models.encoder import Encoder
 from blto.poisoning import GeneratorTrigger, apply_to_uint8
 from blto.registry import Card
@@ -93,16 +92,11 @@ class GeneratorInversion(EncoderDetector):
     def inspect(self, encoder: Encoder, images: Images, conditions: Conditions) -> Inspection:
         """See `EncoderDetector.inspect`. Measures: `level`, the mean of r over the clusters, and the `cluster` whose
         r lies furthest from their median, from 0.
-
-        Raises:
-            InputRefused: `learn` has not been asked.
         """
-        if USUAL not in conditions.learned:
-            raise InputRefused("generator inversion compares with clean encoders of the family; give some.")
-        triggers = self._triggers(conditions.learned)
-        triggered = self._triggered(triggers, images)
+        learned = conditions.learned.tensors
+        triggered = self._triggered(self._triggers(learned), images)
         seen = [vectors_of(encoder, each, conditions) for each in triggered]
-        found = log_shifts(vectors_of(encoder, images, conditions), seen) - conditions.learned[USUAL].numpy()
+        found = log_shifts(vectors_of(encoder, images, conditions), seen) - learned[USUAL].numpy()
         cluster = int(np.abs(found - np.median(found)).argmax())
         measures = {"level": float(found.mean()), "cluster": float(cluster)}
         pairs = {"plain": images[:SHOWN], "triggered": triggered[cluster][:SHOWN]}
