@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,9 @@ from blto.attacks.base import Attack, Surroundings, poison_with
 from blto.data.images import ImageSet
 from blto.errors import InputRefused
 from blto.evaluation import PROBES, aggregate, evaluate_backdoor
+from blto.experiment import ExperimentSpec
 from blto.experiment.outcome import ENCODER, TRIGGER
+from blto.experiment.stages import pretraining_of
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder
 from blto.poisoning import PoisonedDataset, Trigger, apply_to_uint8, load_trigger
@@ -81,6 +84,16 @@ def bank(results: Path) -> Iterator[Banked]:
                 yield Banked(folder.name.split("-s")[0], int(record.spec["seed"]), folder / ENCODER)
 
 
+def attacked(results: Path, seeds: Sequence[int]) -> Iterator[Banked]:
+    """Those that an attack has made, of some seeds, with their trigger; says which are left out for want of it."""
+    for banked in bank(results):
+        if banked.group != CLEAN and banked.seed in seeds:
+            if has_trigger(banked):
+                yield banked
+            else:
+                sys.stdout.write(f"left out: {banked.file.parent.name}, whose trigger was not kept\n")
+
+
 def has_trigger(banked: Banked) -> bool:
     """Whether its trigger is beside it, or of a kind that nothing has to learn."""
     attack = banked.record.spec["attack"]
@@ -116,8 +129,13 @@ def twin_of(banked: Banked) -> Encoder:
 
 
 def poisoned_set(banked: Banked, train: ImageSet) -> PoisonedDataset:
-    """What a victim was trained on. Raises InputRefused as `trigger_of`."""
-    return poison_with(banked.attack, trigger_of(banked, train), train, seed=banked.seed)
+    """What a victim was trained on. Raises InputRefused as `trigger_of`, or where it comes out as another set."""
+    poisoned = poison_with(banked.attack, trigger_of(banked, train), train, seed=banked.seed)
+    spec, record = ExperimentSpec.parse(dict(banked.record.spec)), banked.record
+    made = pretraining_of(spec, poisoned.training_images(), RunStore(banked.file.parent)).path.name
+    if made != record.provenance["stages"]["victim"]:
+        raise InputRefused(f"{banked.file.parent.name}: {train.name} is not what its victim was trained on.")
+    return poisoned
 
 
 def victim(banked: Banked, digest: str, bench: Bench) -> Victim:

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from benchmarks.bank import RESULTS, Banked, bank, has_trigger, poisoned_set
+from benchmarks.bank import RESULTS, attacked, poisoned_set
 from benchmarks.detectors import evidence
 from blto.data import load
 from blto.data.images import ImageSet
@@ -27,26 +27,19 @@ from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, DatasetFilter, Scores, score_dataset
 from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
 from blto.models.checkpoints import load_encoder
-from blto.poisoning import PoisonedDataset
+from blto.models.encoder import Encoder
 from blto.runtime.progress import SILENT
 
 FILE = "filters.jsonl"
 
 
-class Tried(NamedTuple):
-    """A filter with its options, and the bank's attacks whose sets it is tried on."""
-
-    spec: Mapping[str, Any]
-    groups: Sequence[str]
-
-
-FILTERS: Mapping[str, Tried] = {
-    "carried trigger": Tried({"name": "carried_trigger"}, ("blto", "blto_fresh", "blto_concealed", "patch")),
-    "spectral signatures": Tried({"name": "spectral"}, ("patch",)),
-    "activation clustering": Tried({"name": "activation_clustering"}, ("patch",)),
-    "PatchSearch, 15 pixels": Tried({"name": "patch_search", "window": 15}, ("patch",)),
-    "repeated windows": Tried({"name": "repeated_windows"}, ("patch",)),
-    "frequency screening": Tried({"name": "frequency_screening"}, ("patch",)),
+FILTERS: Mapping[str, Mapping[str, Any]] = {
+    "carried trigger": {"name": "carried_trigger"},
+    "spectral signatures": {"name": "spectral"},
+    "activation clustering": {"name": "activation_clustering"},
+    "PatchSearch, 15 pixels": {"name": "patch_search", "window": 15},
+    "repeated windows": {"name": "repeated_windows"},
+    "frequency screening": {"name": "frequency_screening"},
 }
 SEEDS = (*range(10), 50, 51)
 METRICS = ("auroc", "auroc_within", "average_precision", "precision_at_count")
@@ -69,41 +62,46 @@ def judge(
     }
 
 
-def ranking(spec: Mapping[str, Any], banked: Banked, poisoned: PoisonedDataset) -> Scores:
+def ranking(spec: Mapping[str, Any], encoder: Encoder, suspects: ImageSet) -> Scores:
     """What a filter says of a victim's training set."""
     filtering = DEFENSES.build(spec)
     assert isinstance(filtering, DatasetFilter)
-    return score_dataset(filtering, poisoned.training_images(), load_encoder(banked.file), Conditions(progress=SILENT))
+    return score_dataset(filtering, suspects, encoder, Conditions(progress=SILENT))
 
 
 def measure(results: Path, seeds: Sequence[int], train: ImageSet) -> None:
-    """Score what has not been scored yet, and whose trigger is there."""
+    """Score what has not been scored yet: the sets of attacks that poison, and whose trigger is there."""
     assert train.labels is not None
     file = results / FILE
-    rows = read_jsonl(file) if file.exists() else []
-    done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in rows}
-    for banked in bank(results):
-        if banked.seed not in seeds or not has_trigger(banked):
+    done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in recorded(results)}
+    for banked in attacked(results, seeds):
+        digest = sha256_file(banked.file)
+        specs = {name: DEFENSES.resolve(options) for name, options in FILTERS.items()}
+        left = {name: spec for name, spec in specs.items() if (canonical_json(spec), digest) not in done}
+        if not left or banked.attack.poison_rate == 0:
             continue
-        digest, poisoned = sha256_file(banked.file), None
-        for name, tried in FILTERS.items():
-            spec = DEFENSES.resolve(tried.spec)
-            if banked.group not in tried.groups or (canonical_json(spec), digest) in done:
-                continue
-            poisoned = poisoned or poisoned_set(banked, train)
+        poisoned, encoder = poisoned_set(banked, train), load_encoder(banked.file)
+        suspects, own = poisoned.training_images(), train.labels == poisoned.plan.target_class
+        for name, spec in left.items():
             started = time.monotonic()
-            scores = ranking(spec, banked, poisoned)
+            scores = ranking(spec, encoder, suspects)
             row = {"filter": name, "spec": spec, "group": banked.group, "seed": banked.seed, "encoder_sha256": digest}
-            found = judge(scores, poisoned.plan.indices, train.labels == poisoned.plan.target_class)
-            append_jsonl(file, {**row, **found, "seconds": time.monotonic() - started})
+            row["seconds"] = time.monotonic() - started
+            found = judge(scores, poisoned.plan.indices, own)
+            append_jsonl(file, {**row, **found})
             sys.stdout.write(f"{name}: {banked.group} {banked.seed}: {found['average_precision']:.3f}\n")
             sys.stdout.flush()
+
+
+def recorded(results: Path) -> list[dict[str, Any]]:
+    """What has been measured."""
+    return read_jsonl(results / FILE) if (results / FILE).exists() else []
 
 
 def carried_trigger_table(results: Path) -> str:
     """A row for each of BLTO's sets, from the records."""
     lines = [f"| {' | '.join(('Seed', *TITLES))} |", f"| ---: |{' ---: |' * len(TITLES)}"]
-    rows = [row for row in read_jsonl(results / FILE) if (row["filter"], row["group"]) == ("carried trigger", "blto")]
+    rows = [row for row in recorded(results) if (row["filter"], row["group"]) == ("carried trigger", "blto")]
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         lines.append(f"| {row['seed']} | {' | '.join(values([row]))} |")
     return "\n".join(lines)
@@ -111,7 +109,7 @@ def carried_trigger_table(results: Path) -> str:
 
 def filter_table(results: Path) -> str:
     """A row for each verified filter and attack: means over sets."""
-    rows = [row for row in read_jsonl(results / FILE) if evidence(row["spec"]["name"]).status == "verified"]
+    rows = [row for row in recorded(results) if evidence(row["spec"]["name"]).status == "verified"]
     lines = [
         f"| {' | '.join(('Attack', 'Filter', 'Sets', *TITLES))} |",
         f"| --- | --- | {'---: | ' * len(TITLES)}---: |",

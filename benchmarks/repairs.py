@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bank import CLEAN, COLUMNS, RESULTS, Bench, Found, bank, columns, has_trigger, judge, victim
+from benchmarks.bank import COLUMNS, RESULTS, Bench, Found, attacked, columns, judge, twin_of, victim
 from benchmarks.detectors import evidence
 from blto.data import load
 from blto.data.images import ImageSet
@@ -59,21 +59,15 @@ def measure(results: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet
     before = {row["encoder_sha256"]: row["before"] for row in rows}
     cells = [(name, *variant) for name, options in REPAIRS.items() for variant in variants(options, len(train))]
     for seed in seeds:
-        of_seed = {banked.group: (banked, sha256_file(banked.file)) for banked in bank(results) if banked.seed == seed}
-        twin_file, conditions = of_seed.pop(CLEAN)[0].file, Conditions(seed, progress=SILENT)
-        missing = {
-            digest for _, digest in of_seed.values() for *_, spec in cells if (canonical_json(spec), digest) not in done
-        }
-        found = [
-            victim(banked, digest, bench)
-            for banked, digest in of_seed.values()
-            if digest in missing and has_trigger(banked)
-        ]
+        of_seed = [(banked, sha256_file(banked.file)) for banked in attacked(results, [seed])]
+        left = {digest for _, digest in of_seed for *_, spec in cells if (canonical_json(spec), digest) not in done}
+        found = [victim(banked, digest, bench) for banked, digest in of_seed if digest in left]
+        conditions = Conditions(seed, progress=SILENT)
         for name, share, spec in cells:
             wanted = [each for each in found if (canonical_json(spec), each.digest) not in done]
             if not wanted:
                 continue
-            repair, twin = DEFENSES.build(spec), load_encoder(twin_file)
+            repair, twin = DEFENSES.build(spec), twin_of(wanted[0].banked)  # which those of a seed share
             assert isinstance(repair, EncoderRepair)
             repaired_twin = repair_encoder(repair, twin, clean, conditions)
             for each in wanted:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bank import COLUMNS, RESULTS, Bench, bank, columns, has_trigger, judge, poisoned_set, twin_of, victim
+from benchmarks.bank import COLUMNS, RESULTS, Bench, attacked, columns, judge, poisoned_set, twin_of, victim
 from benchmarks.filters import FILTERS, ranking
 from blto.data import load
 from blto.data.images import ImageSet
@@ -28,17 +28,21 @@ from blto.experiment.stages import pretrain_stage
 from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
 from blto.models.checkpoints import load_encoder
 from blto.records import RunStore
+from blto.runtime.seeds import numpy_generator
 
 FILE = "retraining.jsonl"
 STORE = Path("runs/retraining")
+RANDOM = "at random"
 FILTERED: Mapping[str, Sequence[str]] = {
-    "patch": ("spectral signatures", "repeated windows"),
-    "blto": ("carried trigger",),
-    "blto_fresh": ("carried trigger",),
+    "patch": ("spectral signatures", "repeated windows", RANDOM),
+    "patch_fresh": ("spectral signatures", "repeated windows", RANDOM),
+    "blto": ("carried trigger", RANDOM),
+    "blto_fresh": ("carried trigger", RANDOM),
+    "blto_concealed": ("carried trigger",),
 }
-"""Attack -> the best filters on its sets."""
-REMOVED = {"patch": 0.15, "blto": 0.015, "blto_fresh": 0.015}
-"""Share of the training set that is removed: one and a half times the poisons' (Tran et al., NeurIPS 2018)."""
+"""Attack -> the best filters on its sets, and none, which removes as many images."""
+EXCESS = 1.5
+"""Images removed for each poison (Tran et al., NeurIPS 2018)."""
 SEEDS = (0, 1, 2, 50, 51)
 TITLES = ("Attack", "Filter", "Removed", "Victims", "Poisons left", *COLUMNS)
 
@@ -47,25 +51,28 @@ def measure(results: Path, store: Path, seeds: Sequence[int], train: ImageSet, t
     """Filter, train again and judge what has not been, and whose trigger is there."""
     bench, file = Bench.of(train, test), results / FILE
     rows = read_jsonl(file) if file.exists() else []
-    done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["removed"], row["encoder_sha256"]) for row in rows}
+    done = {
+        (canonical_json(DEFENSES.resolve(row["spec"]) if row["spec"] else {}), row["encoder_sha256"]) for row in rows
+    }
     environment = Environment(RunStore(store), device="cpu", resume=True)
-    for banked in bank(results):
-        if banked.seed not in seeds or not has_trigger(banked):
+    for banked in attacked(results, seeds):
+        digest, names = sha256_file(banked.file), FILTERED.get(banked.group, ())
+        specs = {name: {} if name == RANDOM else DEFENSES.resolve(FILTERS[name]) for name in names}
+        left = {name: spec for name, spec in specs.items() if (canonical_json(spec), digest) not in done}
+        if not left:
             continue
-        digest = sha256_file(banked.file)
-        for name in FILTERED.get(banked.group, ()):
-            spec, removed = DEFENSES.resolve(FILTERS[name].spec), REMOVED[banked.group]
-            if (canonical_json(spec), removed, digest) in done:
-                continue
-            poisoned = poisoned_set(banked, train)
-            order = np.argsort(-ranking(spec, banked, poisoned), kind="stable")
-            kept = np.sort(order[round(removed * len(train)) :])
+        poisoned, encoder = poisoned_set(banked, train), load_encoder(banked.file)
+        suspects, of, twin = poisoned.training_images(), victim(banked, digest, bench), twin_of(banked)
+        removed, before = EXCESS * banked.attack.poison_rate, judge(encoder, twin, of, bench)
+        for name, spec in left.items():
+            chance = numpy_generator(banked.seed, "select", "removed").random(len(train))
+            scores = ranking(spec, encoder, suspects) if spec else chance
+            kept = np.sort(np.argsort(-scores, kind="stable")[round(removed * len(train)) :])
             recipe = ExperimentSpec.parse(dict(banked.record.spec))
-            stage = pretrain_stage(recipe, poisoned.training_images().subset(kept), environment)
-            twin, of = twin_of(banked), victim(banked, digest, bench)
+            stage = pretrain_stage(recipe, suspects.subset(kept), environment)
+            after = judge(load_encoder(stage.path / ENCODER), twin, of, bench)
             row = {"filter": name, "spec": spec, "removed": removed, "group": banked.group, "seed": banked.seed}
             row |= {"encoder_sha256": digest, "poisons_left": float(poisoned.mask[kept].sum() / poisoned.n_poisoned)}
-            before, after = (judge(load_encoder(each), twin, of, bench) for each in (banked.file, stage.path / ENCODER))
             append_jsonl(file, {**row, "before": before, "after": after})
             sys.stdout.write(f"{name}: {banked.group} {banked.seed}: ASR {after['linear']['asr']:.3f}\n")
             sys.stdout.flush()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bank import RESULTS, Banked, bank, has_trigger, poisoned_set, trigger_of
+from benchmarks.bank import RESULTS, Banked, attacked, bank, has_trigger, trigger_of
 from blto.attacks.base import Surroundings
 from blto.attacks.ssl_backdoor import SSLBackdoor
 from blto.data import load
@@ -56,19 +56,21 @@ def test_a_fixed_trigger_is_made_again_and_is_the_run_s(tmp_path: Path) -> None:
     assert (banked.group, banked.seed) == ("patch", 3)
     assert has_trigger(banked)
     assert trigger_of(banked, TRAIN).identity == drawn(3).identity != drawn(4).identity
-    poisoned = poisoned_set(banked, TRAIN)
-    assert poisoned.n_poisoned == 10
-    assert TRAIN.labels is not None
-    assert set(TRAIN.labels[poisoned.plan.indices]) == {1}
 
 
-def test_a_kept_trigger_is_taken_and_a_learned_one_that_is_not_kept_is_missed(tmp_path: Path) -> None:
+def test_a_kept_trigger_is_taken_and_a_learned_one_that_is_not_kept_is_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     banked = made(tmp_path, {**PATCH, "name": "blto", "bilevel": {}}, other())
     assert not has_trigger(banked)
+    assert not list(attacked(tmp_path, [4]))
+    assert not capsys.readouterr().out
+    assert not list(attacked(tmp_path, [3]))
+    assert capsys.readouterr().out == "left out: patch-s3-0123456789, whose trigger was not kept\n"
     with pytest.raises(InputRefused, match="no such trigger, and it would have to be learned"):
         trigger_of(banked, TRAIN)
     save_trigger(banked.file.parent / TRIGGER, other())
-    assert has_trigger(banked)
+    assert list(attacked(tmp_path, [3])) == [banked]
     assert trigger_of(banked, TRAIN).identity == other().identity
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import repairs
-from benchmarks.bank import METRICS, Bench, bank, judge, victim
+from benchmarks.bank import METRICS, Bench, bank, judge, twin_of, victim
 from blto.data import load
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, EncoderRepair, repair_encoder
@@ -55,7 +55,7 @@ def results(tmp_path: Path) -> Path:
             spec={"seed": 0, "attack": {"name": group, "target_class": 1}},
             metrics={},
             took=False,
-            provenance={"poison": {"trigger_sha256": trigger.identity}},
+            provenance={"poison": {"trigger_sha256": trigger.identity}, "stages": {"clean_twin": "twin"}},
         )
         RunStore(results / part).save(record)
         folder = results / part / f"{group}-s0-{number:010d}"
@@ -63,6 +63,8 @@ def results(tmp_path: Path) -> Path:
         encoder = build_encoder(TINY_BACKBONE, seed=number, image_size=16)
         save_encoder(folder / "encoder.safetensors", encoder, TINY_BACKBONE, 16)
         save_trigger(folder / TRIGGER, trigger)
+    twin = build_encoder(TINY_BACKBONE, seed=7, image_size=16)
+    save_encoder(results / "bank_poisoned" / "clean_twins" / "twin.safetensors", twin, TINY_BACKBONE, 16)
     return results
 
 
@@ -111,12 +113,11 @@ def test_the_twin_is_repaired_in_the_same_way(results: Path) -> None:
     row = next(row for row in read_jsonl(results / repairs.FILE) if row["share"] == 0.1 and row["group"] == "blto")
     repair = DEFENSES.build(row["spec"])
     assert isinstance(repair, EncoderRepair)
-    files = {banked.group: banked.file for banked in bank(results)}
-    encoder, twin = (
-        repair_encoder(repair, load_encoder(files[group]), TRAIN.without_labels(), Conditions(0))
-        for group in ("blto", "clean")
-    )
     banked = next(banked for banked in bank(results) if banked.group == "blto")
+    encoder, twin = (
+        repair_encoder(repair, each, TRAIN.without_labels(), Conditions(0))
+        for each in (load_encoder(banked.file), twin_of(banked))
+    )
     bench = Bench(TRAIN, TEST)  # fewer than PROBE_IMAGES, so all of them
     assert judge(encoder, twin, victim(banked, "", bench), bench) == row["after"]
 

@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks import retraining
-from benchmarks.bank import METRICS
-from benchmarks.filters import Tried
-from blto import experiment
+from benchmarks.bank import METRICS, bank, poisoned_set
 from blto.data import load
 from blto.evaluation import PROBES
-from blto.experiment import Environment, ExperimentSpec
 from blto.files import read_jsonl
 from blto.records import RunStore
-from tests.tiny_experiment import TINY_EXPERIMENT
+from tests.tiny_experiment import TINY_EXPERIMENT, export_run
 
 ATTACK = {"name": "ssl_backdoor", "target_class": 1, "poison_rate": 0.05, "patch_size": 4}
 
@@ -25,43 +22,42 @@ ATTACK = {"name": "ssl_backdoor", "target_class": 1, "poison_rate": 0.05, "patch
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     """A bank of a victim and its twin, as an export leaves it."""
-    spec, store = ExperimentSpec.parse({**TINY_EXPERIMENT, "attack": ATTACK}), RunStore(tmp_path / "runs")
-    twin = experiment.run(spec, Environment(store, device="cpu")).provenance["stages"]["clean_twin"]
-    part = tmp_path / "results" / "bank_poisoned"
-    (part / "clean_twins").mkdir(parents=True)
-    (store.root / "stages" / twin / "encoder.safetensors").rename(part / "clean_twins" / f"{twin}.safetensors")
-    store.folder(spec.run_id).rename(part / f"patch-s3-{spec.run_id[-10:]}")
+    out = tmp_path / "results" / "bank_poisoned"
+    export_run(RunStore(tmp_path / "runs"), {**TINY_EXPERIMENT, "attack": ATTACK}, out, "patch")
     return tmp_path / "results"
 
 
 def test_a_victim_is_trained_on_what_is_left_and_not_again(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retraining, "FILTERS", {"f": Tried({"name": "spectral"}, ("patch",))})
-    monkeypatch.setattr(retraining, "FILTERED", {"patch": ("f",)})
+    monkeypatch.setattr(retraining, "FILTERS", {"f": {"name": "spectral"}})
+    monkeypatch.setattr(retraining, "FILTERED", {"patch": ("f", retraining.RANDOM)})
     train, test = (load(TINY_EXPERIMENT["data"], split=split) for split in ("train", "test"))
-    poisons: list[int] = []
+    (banked,) = bank(results)
+    poisoned = poisoned_set(banked, train)
 
-    def known(spec: Any, banked: Any, poisoned: Any) -> Any:
+    def known(spec: Any, encoder: Any, suspects: Any) -> Any:
         """All poisons but one come first."""
-        poisons.append(poisoned.n_poisoned)
         scores = poisoned.mask.astype(np.float64)
         scores[poisoned.plan.indices[0]] = -1
         return scores
 
     monkeypatch.setattr(retraining, "ranking", known)
     retraining.measure(results, tmp_path / "store", [3], train, test)
-    (row,) = read_jsonl(results / retraining.FILE)
-    assert row["poisons_left"] == 1 / poisons[0]
+    row, control = read_jsonl(results / retraining.FILE)
+    assert row["removed"] == control["removed"] == pytest.approx(0.075)
+    assert row["poisons_left"] == 1 / poisoned.n_poisoned
+    assert control["filter"] == retraining.RANDOM
+    assert control["poisons_left"] > 0.5
     for when in ("before", "after"):
         assert set(row[when]) == set(PROBES)
         assert set(row[when]["linear"]) == set(METRICS)
-    assert row["before"] != row["after"]
+    assert row["before"] == control["before"] != row["after"]
 
     retraining.measure(results, tmp_path / "store", [3], train, test)
-    assert read_jsonl(results / retraining.FILE) == [row]
+    assert read_jsonl(results / retraining.FILE) == [row, control]
     retraining.measure(results, tmp_path / "store", [1], train, test)  # a seed of which there is none
-    assert read_jsonl(results / retraining.FILE) == [row]
+    assert read_jsonl(results / retraining.FILE) == [row, control]
 
 
 def test_the_table_has_victims_as_they_were_and_after_each_filter() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from blto import experiment
+from blto.experiment import Environment, ExperimentSpec
+from blto.records import RunStore
 from tests.factories import TINY_BACKBONE, TINY_METHODS
 
 TINY_EXPERIMENT: dict[str, Any] = {
@@ -35,3 +39,13 @@ TINY_EXPERIMENT: dict[str, Any] = {
         "precision": "fp32",
     },
 }
+
+
+def export_run(store: RunStore, given: dict[str, Any], out: Path, cell: str) -> None:
+    """Run an experiment, and leave of it in `out` what a sweep's export would."""
+    spec = ExperimentSpec.parse(given)
+    twin = experiment.run(spec, Environment(store, device="cpu")).provenance["stages"]["clean_twin"]
+    (out / "clean_twins").mkdir(parents=True, exist_ok=True)
+    encoder = (store.root / "stages" / twin / "encoder.safetensors").read_bytes()
+    (out / "clean_twins" / f"{twin}.safetensors").write_bytes(encoder)
+    store.folder(spec.run_id).rename(out / f"{cell}-s{spec.seed}-{spec.run_id[-10:]}")

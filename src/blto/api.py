@@ -226,7 +226,7 @@ def sweep(
         executor: "serial" or "processes", where each worker has one core and one thread.
         workers: of "processes"; one for each core by default.
         retry_failed: run cells again that have failed.
-        export: run nothing; copy record, log and encoders of the finished cells to this folder.
+        export: run nothing; copy record, log, encoders and trigger of the finished cells to this folder.
         options: as in `run`; `resume` plays no part, a sweep always does.
     """
     where, plan = environment(**options), read_sweep(Path(file))

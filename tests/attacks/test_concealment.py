@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from blto.attacks import ATTACKS
-from blto.attacks.base import Surroundings
+from blto.attacks.base import Surroundings, TrainedTrigger
 from blto.attacks.bilevel import BilevelOptimisation
+from blto.attacks.bilevel_spec import learned_from
 from blto.attacks.blto import BLTO
 from blto.attacks.concealment import SHRINKAGE, Concealment
 from blto.attacks.untrained_generator import fresh_generator_trigger
-from blto.errors import ConfigError
+from blto.errors import ConfigError, Diverged
 from blto.experiment import ExperimentSpec
 from tests.attacks.test_bilevel import GENERATOR, IMAGES, interrupted
 from tests.factories import tiny_bilevel
@@ -56,16 +58,56 @@ def test_what_is_paid_for_gets_less_and_the_trigger_still_leads_to_the_target() 
     assert hidden_gain > 0.02
 
 
-def test_without_it_nothing_is_measured_and_nothing_else_changes() -> None:
-    gained, shift = run(0)
-    assert shift == 0
-    assert gained == pytest.approx(run(1e-9)[0], abs=1e-2)
+@pytest.mark.parametrize("target", ["centroid", "pairwise"])
+def test_what_costs_nothing_changes_nothing(target: str) -> None:
+    """No draw of the objective moves where poisons are concealed."""
+
+    def crafted(conceal: float) -> TrainedTrigger:
+        bilevel = tiny_bilevel(rounds=12, conceal=conceal, target=target)
+        attack = BLTO(target_class=1, poison_rate=0.1, generator=GENERATOR, bilevel=bilevel)
+        return attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
+
+    without, with_it = crafted(0), crafted(1e-30)
+    assert without.trigger.identity == with_it.trigger.identity
+    assert "shift" not in without.trajectory[0]
+    assert with_it.trajectory[0]["shift"] > 0
+
+
+def test_the_penalty_leaves_the_statistics_of_a_generator_alone() -> None:
+    """Poisons are made with running statistics; those of the class's own images alone would shift them."""
+    spec = tiny_bilevel(conceal=0.1)
+    trigger = fresh_generator_trigger({"name": "resnet", "width": 4, "blocks": 1}, 8 / 255, "residual", seed=0)
+    found = BilevelOptimisation(trigger, IMAGES, spec, target_class=1, poison_rate=0.1, seed=0)
+    trigger.train()
+    before = {name: value.clone() for name, value in trigger.state_dict().items() if "running" in name}
+    clean, triggered = found._without_and_with("concealed views", 0, found.references[:4])
+    assert before
+    assert all(torch.equal(value, trigger.state_dict()[name]) for name, value in before.items())
+    assert triggered.requires_grad
+    assert not clean.requires_grad
+
+
+def test_a_class_without_others_to_hide_among_is_refused() -> None:
+    alone = IMAGES.subset(np.r_[np.flatnonzero(IMAGES.labels == 1)[:1], np.flatnonzero(IMAGES.labels != 1)])
+    attack = BLTO(target_class=1, poison_rate=0.02, generator=GENERATOR, bilevel=tiny_bilevel(conceal=0.1))
+    with pytest.raises(ConfigError, match=r"conceal: .* has 1 images of the target class"):
+        attack.train_trigger(alone, seed=0, surroundings=Surroundings())
+
+
+def test_a_displacement_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    trigger = fresh_generator_trigger(GENERATOR, 8 / 255, "residual", seed=0)
+    found = BilevelOptimisation(trigger, IMAGES, tiny_bilevel(conceal=0.1), target_class=1, poison_rate=0.1, seed=0)
+    bad = torch.full((2, found.surrogate.method.encoder.feature_dim), torch.nan)
+    monkeypatch.setattr(found, "_without_and_with", lambda *_: (bad, bad))
+    with pytest.raises(Diverged, match="features hold NaN or Inf"):
+        found.estimate(0)
 
 
 @pytest.mark.parametrize("steps", [9, 17])
-def test_a_concealed_crafting_resumes_bit_for_bit(tmp_path: Path, steps: int) -> None:
+@pytest.mark.parametrize("generator", [GENERATOR, {"name": "resnet", "width": 4, "blocks": 1}])
+def test_a_concealed_crafting_resumes_bit_for_bit(tmp_path: Path, steps: int, generator: dict[str, object]) -> None:
     spec = tiny_bilevel(rounds=5, outer_steps=4, reinitialise_every=3, warm_start_steps=2, conceal=0.1)
-    attack = BLTO(target_class=1, poison_rate=0.1, generator=GENERATOR, bilevel=spec)
+    attack = BLTO(target_class=1, poison_rate=0.1, generator=generator, bilevel=spec)
     whole = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings())
     interrupted(attack, steps, Surroundings(folder=tmp_path))
     resumed = attack.train_trigger(IMAGES, seed=0, surroundings=Surroundings(folder=tmp_path, resume=True))
@@ -79,12 +121,15 @@ def test_a_batch_s_own_statistics_are_refused() -> None:
         ATTACKS.resolve({"name": "blto", "target_class": 0, "bilevel": {"conceal": 0.1, "batch_norm": "batch"}})
 
 
-def test_runs_without_it_keep_their_names() -> None:
+def test_without_it_neither_runs_nor_triggers_change_their_names() -> None:
     attack = TINY_EXPERIMENT["attack"]
-    specs = [
+    plain, concealed = (
         ExperimentSpec.parse(
             {**TINY_EXPERIMENT, "attack": {**attack, "bilevel": {**attack["bilevel"], "conceal": conceal}}}
         )
         for conceal in (0.0, 0.1)
-    ]
-    assert specs[0].run_id == ExperimentSpec.parse(TINY_EXPERIMENT).run_id != specs[1].run_id
+    )
+    assert "conceal" not in plain.model_dump(mode="json")["attack"]["bilevel"]
+    assert "conceal" not in learned_from(plain.attack)["bilevel"]
+    assert learned_from(concealed.attack)["bilevel"]["conceal"] == 0.1
+    assert plain.run_id == ExperimentSpec.parse(TINY_EXPERIMENT).run_id != concealed.run_id

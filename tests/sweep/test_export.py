@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import blto
+from blto.attacks.untrained_generator import fresh_generator_trigger
 from blto.cli import main
 from blto.errors import Mismatch
+from blto.experiment.outcome import TRIGGER
 from blto.files import read_json, sha256_file, write_text
 from blto.files.safetensors import read_safetensors
 from blto.files.yaml import dump_yaml
@@ -23,6 +25,7 @@ from blto.sweep.results import CellResult, Results
 from tests.factories import TINY_BACKBONE
 from tests.tiny_experiment import TINY_EXPERIMENT
 
+SWEEPS = Path(__file__).parents[2] / "configs" / "sweeps"
 TWIN = "pretrain-0123456789abcdef"
 
 
@@ -107,7 +110,7 @@ def test_an_exported_encoder_is_fp16_on_disk_and_fp32_in_memory(file: Path, tmp_
 def test_a_large_encoder_or_trigger_is_left_out_and_said(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(export, "MAX_BYTES", 100)
+    monkeypatch.setattr(export, "MAX_BYTES", dict.fromkeys(export.MAX_BYTES, 100))
     out = tmp_path / "out"
     arguments = ["sweep", str(file), "--store", str(tmp_path / "store"), "--device", "cpu", "--export", str(out)]
     assert main(arguments) == 0
@@ -116,6 +119,13 @@ def test_a_large_encoder_or_trigger_is_left_out_and_said(
     assert shown.count("left out: ") == 6
     assert "bytes, more than 100." in shown
     assert not list(out.rglob("*.safetensors"))
+
+
+def test_the_trigger_of_the_bank_s_generator_is_small_enough(tmp_path: Path) -> None:
+    cell = next(cell for cell in read_sweep(SWEEPS / "bank_fresh.yaml").cells if cell.name == "blto_fresh")
+    generator, epsilon = cell.spec.attack["generator"], cell.spec.attack["epsilon"]
+    save_trigger(tmp_path / TRIGGER, fresh_generator_trigger(generator, epsilon, "residual", seed=0))
+    assert (tmp_path / TRIGGER).stat().st_size < export.MAX_BYTES[TRIGGER]
 
 
 def test_an_altered_file_is_never_exported(file: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from blto.attacks.feature_space import FeatureSpace
 from blto.attacks.objective import similarities
 from blto.data.images import ImageSet
 from blto.data.views import Array, ViewParameters, Views
-from blto.errors import Diverged
+from blto.errors import ConfigError, Diverged
 from blto.models.generators import use_native
 from blto.poisoning import Trigger, apply_to_uint8, plan_replacement
 from blto.poisoning.aim import Aim, Similarities, whitening_basis
@@ -73,6 +73,9 @@ class BilevelOptimisation:
         device: "auto", "cpu" or "cuda".
         frozen: train the surrogate once, on clean data, for as long as one period lasts, and never again (the
             `frozen_surrogate` control: the same budget of trigger steps without an inner problem).
+
+    Raises:
+        ConfigError: a target class or poison rate that the data do not have, or too few images to conceal among.
     """
 
     def __init__(
@@ -103,6 +106,11 @@ class BilevelOptimisation:
         self.is_poisoned[plan.indices] = True
         self.surrogate_images = np.array(images.images)
         self.references = np.flatnonzero(images.labels == target_class)
+        if spec.conceal and not 2 <= len(self.references) < len(images):
+            raise ConfigError(
+                f"bilevel.conceal: {images.name} has {len(self.references)} images of the target class and "
+                f"{len(images) - len(self.references)} others; it needs 2 and 1."
+            )
         self.views = Views(spec.surrogate.views, images.image_size)
         self.outer_views = Views(spec.outer_views or spec.surrogate.views, images.image_size)
         self.optimizer = torch.optim.Adam(trigger.parameters(), lr=spec.outer_lr)
@@ -210,7 +218,8 @@ class BilevelOptimisation:
         return Similarities(found.triggered.detach(), found.clean, found.target)
 
     def _without_and_with(self, purpose: str, number: int, rows: Array) -> tuple[Tensor, Tensor]:
-        """Features of the same views of images without the trigger, and with it; the gradient flows to the trigger."""
+        """Features of the same views without the trigger, and with it as poisons get it, with a gradient to it."""
+        self.trigger.eval()
         drawn, device = self._drawn(purpose, number, rows), self.surrogate.fabric.device
         images = torch.from_numpy(self.images.images[rows]).to(device).float().div_(255)
         with self.surrogate.fabric.autocast():
@@ -248,17 +257,20 @@ class BilevelOptimisation:
             rows = numpy_generator(self.seed, "trigger", "moved", number).choice(
                 others, min(MOVED_IMAGES, len(others)), replace=False
             )
-            self.trigger.eval()
             with torch.no_grad():
-                self.concealment = Concealment.against(own, *self._without_and_with("moved views", number, rows))
+                moved = self._finite(*self._without_and_with("moved views", number, rows))
+            self.concealment = Concealment.against(own, *moved)
 
     def _sample(self, purpose: str, number: int, rows: Array, count: int) -> Tensor:
         """Features of views of `count` of the rows, or of all if there are fewer."""
         drawn = numpy_generator(self.seed, "trigger", purpose, number)
         rows = drawn.choice(rows, min(count, len(rows)), replace=False)
         views = self.outer_views.fast(self.images.images, rows, self._drawn(f"{purpose} views", number, rows))
-        features = self.features.fixed(views.to(self.surrogate.fabric.device))
-        if torch.isfinite(features).all():
+        return self._finite(self.features.fixed(views.to(self.surrogate.fabric.device)))[0]
+
+    def _finite(self, *features: Tensor) -> tuple[Tensor, ...]:
+        """The same. Raises Diverged where one is NaN or Inf."""
+        if all(torch.isfinite(each).all() for each in features):
             return features
         where = f"at step {self.position} of {self.total_steps}"
         raise Diverged(f"the surrogate's features hold NaN or Inf {where}; lower surrogate.optimizer.lr.")

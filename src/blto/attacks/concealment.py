@@ -17,7 +17,9 @@ class Concealment(NamedTuple):
 
     The carried trigger (`defenses.carried_trigger`) ranks images by their place in that direction: Fisher's
     discriminant between a class's images without and with the trigger. Where an image of the class stays in its place,
-    the filter has nothing to see. The attacker has its own trigger and surrogate in the place of the defender's.
+    the filter has nothing to see. The attacker has a surrogate, its own trigger, the target class's covariance and
+    standard deviation, and augmented views, where the defender has an encoder, a trigger that it inverts, the
+    covariance within clusters, the median absolute deviation, and plain images.
 
     Attributes:
         direction: (D,), such that the class's own images have a standard deviation of 1 along it.

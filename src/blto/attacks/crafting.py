@@ -51,7 +51,7 @@ def optimise_trigger(
 
     Each row: `step` (outer steps done), `period` (which surrogate, from 0), and `trigger`, `clean` and `target`: the
     mean cosine to the target on the surrogate; of that step's views, or, for the latter two and a target "centroid", of
-    the last estimate's. `shift`, where poisons are concealed: what that costs is paid for, in standard deviations.
+    the last estimate's. `shift`, where poisons are concealed: see `Concealment.shift`.
 
     Raises:
         ConfigError: a target class or poison rate that the data do not have.

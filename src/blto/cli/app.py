@@ -190,7 +190,8 @@ def sweep(
     workers: Annotated[int | None, typer.Option(help="Of processes, each with one core.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     export: Annotated[
-        Path | None, typer.Option(help="Run nothing; copy records, logs and encoders of finished cells to here.")
+        Path | None,
+        typer.Option(help="Run nothing; copy records, logs, encoders and triggers of finished cells to here."),
     ] = None,
     store: Store = Path("runs"),
     data_root: DataRoot = None,

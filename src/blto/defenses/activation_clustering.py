@@ -61,7 +61,7 @@ class ActivationClustering(DatasetFilter):
     )
     evidence = Evidence(
         "It finds the patch at 9.9% in three of three sets, with pseudo-classes in none; at 5% and less, and of BLTO, "
-        "neither finds enough to remove.",
+        "neither finds enough to remove; the default was chosen on these sets.",
         must_show="test_feature_filters::"
         "test_a_row_of_the_smaller_cluster_scores_its_silhouette_and_others_minus_theirs",
         positive="test_feature_filters::test_poisons_that_fill_a_pseudo_class_are_found_in_the_whole_set_alone",

@@ -27,7 +27,7 @@ from blto.pretraining.loop import pretrain
 from blto.pretraining.snapshots import SnapshotObserver
 from blto.pretraining.spec import RecipeSpec
 from blto.pretraining.trainer import arithmetic
-from blto.records import RunRecord, StageFolder
+from blto.records import RunRecord, RunStore, StageFolder
 from blto.runtime.device import resolve_device
 
 
@@ -57,14 +57,19 @@ def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> S
     return stage
 
 
+def pretraining_of(spec: ExperimentSpec, images: ImageSet, store: RunStore) -> StageFolder:
+    """Where the encoder of such a pretraining lies, once it is made."""
+    recipe = spec.recipe.model_dump(mode="json")
+    return store.stage("pretrain", {"pretraining": recipe, "images": images.content_hash, "seed": spec.seed})
+
+
 def pretrain_stage(
     spec: ExperimentSpec, images: ImageSet, environment: Environment, *, title: str = "pretrain"
 ) -> StageFolder:
     """Train an encoder on unlabeled images, or find it trained: `encoder.safetensors` and snapshots of its training."""
     recipe = spec.recipe
     check_recipe(recipe, images)
-    inputs = {"pretraining": recipe.model_dump(mode="json"), "images": images.content_hash, "seed": spec.seed}
-    stage = environment.store.stage("pretrain", inputs)
+    stage = pretraining_of(spec, images, environment.store)
     with stage.making(environment.progress.say) as needed:
         if needed:
             started = time.monotonic()

@@ -22,8 +22,8 @@ from blto.records import RunRecord, RunStore
 from blto.sweep.plan import Cell
 from blto.sweep.results import Results
 
-MAX_BYTES = 1_000_000
-"""Of an encoder or a trigger."""
+MAX_BYTES = {ENCODER: 1_000_000, TRIGGER: 2_000_000}
+"""A learned trigger is kept in fp32: its poisons are to be the same bytes."""
 
 
 @dataclass
@@ -79,8 +79,8 @@ def export_cells(cells: Sequence[Cell], results: Results, store: RunStore, out: 
             size = source.stat().st_size if source.is_file() else None
             if size is None:
                 exported.left_out.append(f"{show(cell.id)}: {show(source)} is not there.")
-            elif source.suffix == ".safetensors" and size > MAX_BYTES:
-                line = f"{show(cell.id)}: {show(source)} has {size:,} bytes, more than {MAX_BYTES:,}."
+            elif size > (most := MAX_BYTES.get(source.name, size)):
+                line = f"{show(cell.id)}: {show(source)} has {size:,} bytes, more than {most:,}."
                 exported.left_out.append(line)
             else:
                 _copy(source, target, exported, record.artefacts.get(name))
