@@ -184,6 +184,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "trend": lambda results: findings.trend_table(sorted(results.glob("gate*"))),
     "gate5_seeds": lambda results: findings.seeds_table(results / "gate5"),
     "bank": lambda results: findings.seeds_table(results / "bank_poisoned"),
+    "bank_fresh": partial(gate_table, "bank_fresh"),
     "detectors": detectors.detector_table,
     "defenses": detectors.status_table,
     "filters": filters.filter_table,
