@@ -17,7 +17,7 @@ from blto.errors import InputRefused
 from blto.evaluation import PROBES, aggregate, evaluate_backdoor
 from blto.experiment import ExperimentSpec
 from blto.experiment.outcome import ENCODER, TRIGGER
-from blto.experiment.stages import pretraining_of
+from blto.experiment.stages import pretraining_inputs
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder
 from blto.poisoning import PoisonedDataset, Trigger, apply_to_uint8, load_trigger
@@ -75,18 +75,18 @@ class Victim(NamedTuple):
     triggered: npt.NDArray[np.uint8]
 
 
-def bank(results: Path) -> Iterator[Banked]:
+def bank(results: Path, parts: Sequence[str] = PARTS) -> Iterator[Banked]:
     """The encoders that are committed beside their records."""
-    for part in PARTS:
+    for part in parts:
         for record in RunStore(results / part).list():
             folder = next(iter((results / part).glob(f"*-s{record.spec['seed']}-{record.run_id[-10:]}")), None)
             if folder is not None and (folder / ENCODER).exists():
                 yield Banked(folder.name.split("-s")[0], int(record.spec["seed"]), folder / ENCODER)
 
 
-def attacked(results: Path, seeds: Sequence[int]) -> Iterator[Banked]:
+def attacked(results: Path, seeds: Sequence[int], parts: Sequence[str] = PARTS) -> Iterator[Banked]:
     """Those that an attack has made, of some seeds, with their trigger; says which are left out for want of it."""
-    for banked in bank(results):
+    for banked in bank(results, parts):
         if banked.group != CLEAN and banked.seed in seeds:
             if has_trigger(banked):
                 yield banked
@@ -132,8 +132,8 @@ def poisoned_set(banked: Banked, train: ImageSet) -> PoisonedDataset:
     """What a victim was trained on. Raises InputRefused as `trigger_of`, or where it comes out as another set."""
     poisoned = poison_with(banked.attack, trigger_of(banked, train), train, seed=banked.seed)
     spec, record = ExperimentSpec.parse(dict(banked.record.spec)), banked.record
-    made = pretraining_of(spec, poisoned.training_images(), RunStore(banked.file.parent)).path.name
-    if made != record.provenance["stages"]["victim"]:
+    made = RunStore.stage_name("pretrain", pretraining_inputs(spec, poisoned.training_images()))
+    if made != record.provenance.get("stages", {"victim": made})["victim"]:  # old records do not say
         raise InputRefused(f"{banked.file.parent.name}: {train.name} is not what its victim was trained on.")
     return poisoned
 

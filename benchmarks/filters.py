@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from benchmarks.bank import RESULTS, attacked, poisoned_set
+from benchmarks.bank import PARTS, RESULTS, attacked, poisoned_set
 from benchmarks.detectors import evidence
 from blto.data import load
 from blto.data.images import ImageSet
@@ -31,6 +31,8 @@ from blto.models.encoder import Encoder
 from blto.runtime.progress import SILENT
 
 FILE = "filters.jsonl"
+SETS = (*PARTS, "cifar10-cpu")
+"""Also those of an earlier recipe, with a generator of another kind, and of a generator that nothing has trained."""
 
 
 FILTERS: Mapping[str, Mapping[str, Any]] = {
@@ -74,7 +76,7 @@ def measure(results: Path, seeds: Sequence[int], train: ImageSet) -> None:
     assert train.labels is not None
     file = results / FILE
     done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in recorded(results)}
-    for banked in attacked(results, seeds):
+    for banked in attacked(results, seeds, SETS):
         digest = sha256_file(banked.file)
         specs = {name: DEFENSES.resolve(options) for name, options in FILTERS.items()}
         left = {name: spec for name, spec in specs.items() if (canonical_json(spec), digest) not in done}
@@ -99,11 +101,11 @@ def recorded(results: Path) -> list[dict[str, Any]]:
 
 
 def carried_trigger_table(results: Path) -> str:
-    """A row for each of BLTO's sets, from the records."""
-    lines = [f"| {' | '.join(('Seed', *TITLES))} |", f"| ---: |{' ---: |' * len(TITLES)}"]
-    rows = [row for row in recorded(results) if (row["filter"], row["group"]) == ("carried trigger", "blto")]
-    for row in sorted(rows, key=lambda row: int(row["seed"])):
-        lines.append(f"| {row['seed']} | {' | '.join(values([row]))} |")
+    """A row for each set that the carried trigger has ranked, from the records."""
+    lines = [f"| {' | '.join(('Attack', 'Seed', *TITLES))} |", f"| --- | ---: |{' ---: |' * len(TITLES)}"]
+    rows = [row for row in recorded(results) if row["filter"] == "carried trigger"]
+    for row in sorted(rows, key=lambda row: (row["group"], int(row["seed"]))):
+        lines.append(f"| {row['group']} | {row['seed']} | {' | '.join(values([row]))} |")
     return "\n".join(lines)
 
 

@@ -58,17 +58,23 @@ def test_a_clean_image_of_another_class_counts_against_all_and_not_within_the_cl
 
 def test_a_table_of_sets_and_one_of_means(tmp_path: Path) -> None:
     values = {"auroc": 0.9, "auroc_within": 0.8, "average_precision": 0.7, "precision_at_count": 0.6, "seconds": 70.2}
-    common = {"filter": "carried trigger", "spec": {"name": "carried_trigger"}}
-    for group, seed in (("blto", 3), ("blto", 1), ("patch", 0)):
-        append_jsonl(tmp_path / FILE, {**common, "group": group, "seed": seed, **values, "auroc": seed / 10})
-    append_jsonl(tmp_path / FILE, {"filter": "f", "spec": {"name": "local_density"}, "group": "blto", "seed": 0})
+    for name, spec in (
+        ("carried trigger", "carried_trigger"),
+        ("spectral signatures", "spectral"),
+        ("f", "local_density"),
+    ):
+        for group, seed in (("blto", 3), ("blto", 1), ("patch", 0)):
+            row = {"filter": name, "spec": {"name": spec}, "group": group, "seed": seed, **values, "auroc": seed / 10}
+            append_jsonl(tmp_path / FILE, row)
     assert carried_trigger_table(tmp_path).splitlines()[2:] == [
-        "| 1 | 0.100 | 0.800 | 0.700 | 0.600 | 70 |",
-        "| 3 | 0.300 | 0.800 | 0.700 | 0.600 | 70 |",
+        "| blto | 1 | 0.100 | 0.800 | 0.700 | 0.600 | 70 |",
+        "| blto | 3 | 0.300 | 0.800 | 0.700 | 0.600 | 70 |",
+        "| patch | 0 | 0.000 | 0.800 | 0.700 | 0.600 | 70 |",
     ]
-    first, second = filter_table(tmp_path).splitlines()[2:4]
-    assert first.startswith("| blto | carried trigger | 2 | 0.200 (0.100-0.300) | 0.800 (0.800-0.800) |")
-    assert second == "| patch | carried trigger | 1 | 0.000 | 0.800 | 0.700 | 0.600 | 70 |"
+    first, second, *rest = filter_table(tmp_path).splitlines()[2:]
+    assert first.startswith("| blto | spectral signatures | 2 | 0.200 (0.100-0.300) | 0.800 (0.800-0.800) |")
+    assert second == "| patch | spectral signatures | 1 | 0.000 | 0.800 | 0.700 | 0.600 | 70 |"
+    assert rest[0] == "", "what is experimental has a row"
 
 
 def test_each_filter_is_given_the_set_of_its_victim_and_once(banks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,11 +208,14 @@ class RunStore:
                 continue
         return records
 
+    @staticmethod
+    def stage_name(kind: str, inputs: Mapping[str, Any]) -> str:
+        """The name of a stage's folder, which the records of runs give ("pretrain-1f0c9a2b7e63d541")."""
+        return f"{kind}-{sha256_bytes(canonical_json({'results': RESULTS_VERSION, **inputs}))[:16]}"
+
     def stage(self, kind: str, inputs: Mapping[str, Any]) -> StageFolder:
         """The folder for one stage's result, made if need be, under the hash of what the result is made from."""
-        key = sha256_bytes(canonical_json({"results": RESULTS_VERSION, **inputs}))
-        path = self.root / "stages" / f"{kind}-{key[:16]}"
-        make_directory(path)
+        make_directory(path := self.root / "stages" / self.stage_name(kind, inputs))
         return StageFolder(path, kind, dict(inputs), group=self.group)
 
 

@@ -54,10 +54,10 @@ class CarriedTrigger(DatasetFilter):
         threat_model="the training images and an encoder",
     )
     evidence = Evidence(
-        "Of the 500 images that it ranks highest, 66 to 85% are BLTO's 500 poisons, in nine of ten sets of 50,000, "
-        "without knowing the class; tuned on these sets.",
+        "Of the 500 images that it ranks highest, 66 to 85% are BLTO's 500 poisons, in nine of ten sets with trucks as "
+        "the target, on which it was tuned, and 83% in one more; on the one set with airplanes, whose trigger is weak, "
+        "it finds none, nor does it find the patch.",
         must_show="test_carried_trigger::test_images_that_carry_what_the_encoder_reacts_to_lie_above_all_others",
-        positive="test_carried_trigger::test_poisons_of_a_trigger_that_somebody_else_has_learned_are_found",
     )
 
     def __init__(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from blto.attacks.base import EncoderTampering, Surroundings, poison_with
 from blto.attacks.bilevel_spec import learned_from
@@ -27,7 +28,7 @@ from blto.pretraining.loop import pretrain
 from blto.pretraining.snapshots import SnapshotObserver
 from blto.pretraining.spec import RecipeSpec
 from blto.pretraining.trainer import arithmetic
-from blto.records import RunRecord, RunStore, StageFolder
+from blto.records import RunRecord, StageFolder
 from blto.runtime.device import resolve_device
 
 
@@ -57,10 +58,9 @@ def craft_stage(spec: ExperimentSpec, data: Data, environment: Environment) -> S
     return stage
 
 
-def pretraining_of(spec: ExperimentSpec, images: ImageSet, store: RunStore) -> StageFolder:
-    """Where the encoder of such a pretraining lies, once it is made."""
-    recipe = spec.recipe.model_dump(mode="json")
-    return store.stage("pretrain", {"pretraining": recipe, "images": images.content_hash, "seed": spec.seed})
+def pretraining_inputs(spec: ExperimentSpec, images: ImageSet) -> dict[str, Any]:
+    """What an encoder is a function of, as the stage's inputs."""
+    return {"pretraining": spec.recipe.model_dump(mode="json"), "images": images.content_hash, "seed": spec.seed}
 
 
 def pretrain_stage(
@@ -69,7 +69,7 @@ def pretrain_stage(
     """Train an encoder on unlabeled images, or find it trained: `encoder.safetensors` and snapshots of its training."""
     recipe = spec.recipe
     check_recipe(recipe, images)
-    stage = pretraining_of(spec, images, environment.store)
+    stage = environment.store.stage("pretrain", pretraining_inputs(spec, images))
     with stage.making(environment.progress.say) as needed:
         if needed:
             started = time.monotonic()
