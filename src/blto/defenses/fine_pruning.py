@@ -136,8 +136,8 @@ class FinePruning(EncoderRepair):
         "the encoder and clean images without labels",
     )
     evidence = Evidence(
-        "With a tenth of the clean images the ASR of one patch victim falls from 98% to 13% and of one BadEncoder from "
-        "99% to 8%, for 2.5 points of accuracy; BLTO's stays.",
+        "With 1 to 10% of the clean images the ASR of one patch victim falls from 98% to 11-16% and of one BadEncoder "
+        "from 98% to 4-8%, for two to three points of accuracy; BLTO's stays.",
         must_show="test_fine_pruning::test_zero_share_is_the_fine_tuning_and_without_it_nothing",
         positive="test_fine_pruning::test_a_backdoor_that_sleeps_on_clean_images_is_silenced",
     )
