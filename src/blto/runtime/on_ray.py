@@ -53,8 +53,8 @@ class OnRay:
 
     def run(self, queue: Queue, stop: StopRequest) -> None:
         """As in Executor. Once `stop` is true, tasks are given up: what they would have made is made the next time."""
-        # Ray prints of every worker that dies, on standard output, which is kept for results.
-        with self._connected() as at_once, redirect_stdout(io.StringIO()):
+        # Ray prints of every worker that dies, until it is shut down, on standard output, which is kept for results.
+        with redirect_stdout(io.StringIO()), self._connected() as at_once:
             task = self._ray.remote(num_cpus=1, max_retries=TRIES)(_do)
             running: dict[Any, Job] = {}
             try:
