@@ -33,8 +33,6 @@ from blto.runtime.progress import SILENT
 FILE = "filters.jsonl"
 SETS = (*PARTS, "cifar10-cpu")
 """Also those of an earlier recipe, with a generator of another kind, and of a generator that nothing has trained."""
-
-
 FILTERS: Mapping[str, Mapping[str, Any]] = {
     "carried trigger": {"name": "carried_trigger"},
     "spectral signatures": {"name": "spectral"},
