@@ -3,7 +3,7 @@
 A defender holds a share of the clean training images, without labels, and repairs a backdoored encoder; its clean twin
 of the same seed is repaired in the same way, on the same images. Fewer images are passed over more often, so that every
 share takes as many steps. To run, as often as need be (a minute or two an encoder, repair and share on one core):
-python -m benchmarks.repairs --data-root DIR --seeds 0 1 2
+python -m benchmarks.repairs --data-root DIR --seeds 0 1 2 [--attacks patch blto] [--repairs CLP fine-tuning]
 """
 
 from __future__ import annotations
@@ -51,15 +51,25 @@ def variants(repair: Mapping[str, Any], size: int) -> Iterator[tuple[float, dict
         yield share, {**spec, "images": round(share * size), **more}
 
 
-def measure(results: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet) -> None:
-    """Repair and judge what has not been, and whose trigger is there."""
+def measure(
+    results: Path,
+    seeds: Sequence[int],
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    attacks: Sequence[str] = (),
+    repairs: Sequence[str] = (),
+) -> None:
+    """Repair and judge what has not been, and whose trigger is there; of some attacks and repairs only, if named."""
     bench, clean, file = Bench.of(train, test), train.without_labels(), results / FILE
     rows = read_jsonl(file) if file.exists() else []
     done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in rows}
     before = {row["encoder_sha256"]: row["before"] for row in rows}
-    cells = [(name, *variant) for name, options in REPAIRS.items() for variant in variants(options, len(train))]
+    chosen = {name: REPAIRS[name] for name in repairs or REPAIRS}
+    cells = [(name, *variant) for name, options in chosen.items() for variant in variants(options, len(train))]
     for seed in seeds:
-        of_seed = [(banked, sha256_file(banked.file)) for banked in attacked(results, [seed])]
+        of_attacks = (each for each in attacked(results, [seed]) if not attacks or each.group in attacks)
+        of_seed = [(banked, sha256_file(banked.file)) for banked in of_attacks]
         left = {digest for _, digest in of_seed for *_, spec in cells if (canonical_json(spec), digest) not in done}
         found = [victim(banked, digest, bench) for banked, digest in of_seed if digest in left]
         conditions = Conditions(seed, progress=SILENT)
@@ -124,9 +134,11 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--attacks", nargs="+", default=(), metavar="NAME", help="as the bank's folders name them")
+    parser.add_argument("--repairs", nargs="+", default=(), choices=tuple(REPAIRS))
     given = parser.parse_args()
     train, test = (load("cifar10", data_root=given.data_root, split=split) for split in ("train", "test"))
-    measure(given.results, given.seeds, train, test)
+    measure(given.results, given.seeds, train, test, attacks=given.attacks, repairs=given.repairs)
     sys.stdout.write(repair_table(given.results) + "\n")
 
 

@@ -208,7 +208,7 @@ class TestParquet:
         put_parquet(tmp_path / "train.parquet", noise(3), labels=False)
         put_parquet(tmp_path / "test.parquet", noise(3), names=())
         assert load("parquet", data_root=tmp_path).labels is None
-        assert load("parquet", data_root=tmp_path, split="test").class_names == ("0",)
+        assert load("parquet", data_root=str(tmp_path), split="test").class_names == ("0",)
 
     def test_parts_must_agree_on_labels(self, tmp_path: Path) -> None:
         put_parquet(tmp_path / "train-0.parquet", noise(3))

@@ -49,7 +49,7 @@ DATASETS: Registry[Reader] = Registry(
 def load(
     spec: Mapping[str, Any] | str,
     *,
-    data_root: Path | None = None,
+    data_root: str | os.PathLike[str] | None = None,
     split: Split = "train",
     poisoned: bool = False,
     progress: Progress = ON_STANDARD_ERROR,
@@ -70,6 +70,5 @@ def load(
     """
     if split not in ("train", "test"):
         raise ConfigError(f'split is "{split}"; give "train" or "test".')
-    if data_root is None and os.environ.get("BLTO_DATA"):
-        data_root = Path(os.environ["BLTO_DATA"])
-    return DATASETS.build(spec).load(split, data_root, poisoned=poisoned, progress=progress)
+    folder = data_root or os.environ.get("BLTO_DATA")
+    return DATASETS.build(spec).load(split, Path(folder) if folder else None, poisoned=poisoned, progress=progress)
