@@ -1,8 +1,9 @@
 """Detectors on the bank of small encoders: every score as a record, and the tables of docs/defenses/README.md.
 
 Of the clean encoders the even seeds choose thresholds, and the odd ones are what the table is made of; a detector that
-learns from clean encoders is given five of the even seeds, which then choose nothing. To run, as often
-as need be (a minute or less an encoder on one core): python -m benchmarks.detectors --data-root DIR
+learns from clean encoders is given five of the even seeds, which then choose nothing. BadEncoders with each class as
+their target (configs/sweeps/bank_classes.yaml) have a table of their own. To run, as often as need be (a minute or less
+an encoder on one core): python -m benchmarks.detectors --data-root DIR
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.bank import CLEAN, RESULTS, bank
+from benchmarks.bank import CLEAN, RESULTS, Banked, bank
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, Defense, EncoderDetector, inspect_encoder, learn_from
 from blto.defenses.evidence import Evidence
@@ -22,7 +23,9 @@ from blto.evaluation.detection import auroc, expected_average_precision, tpr_at_
 from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
 from blto.records import Metric
 
-FILE = "detectors.jsonl"
+FILE, CLASSES_FILE = "detectors.jsonl", "detectors_by_class.jsonl"
+CLASSES = "bank_classes"
+TWIN = "none (the clean twin)"
 DETECTORS: Mapping[str, Mapping[str, Any]] = {
     "DECREE": {"name": "decree"},
     "DECREE, 3 starts": {"name": "decree", "starts": 3},
@@ -35,26 +38,25 @@ REFERENCES = (20, 24, 28, 32, 36)
 IMAGES_SEED = 0
 
 
-def measure(results: Path, data_root: Path | None) -> None:
-    """Score what has not been scored yet."""
+def measure(results: Path, data_root: Path | None, encoders: Sequence[Banked], file: Path) -> None:
+    """Score of `encoders` what has not been scored yet."""
     from blto.data import load
     from blto.models.checkpoints import load_encoder
     from blto.runtime.progress import SILENT
 
     images = load("cifar10", data_root=data_root, split="test").without_labels()
-    file = results / FILE
     rows = read_jsonl(file) if file.exists() else []
     conditions: dict[bytes, Conditions] = {}
     for name, spec in DETECTORS.items():
         detector = DEFENSES.build(spec)
         assert isinstance(detector, EncoderDetector)
         done = scored(rows, spec)
-        left = [each for each in bank(results) if sha256_file(each.file) not in done]
+        left = [each for each in encoders if sha256_file(each.file) not in done]
         kind = canonical_json([detector.references, dict(detector.learning)])
         if left and kind not in conditions:
             known = [each for each in bank(results) if each.group == CLEAN and each.seed in REFERENCES]
-            encoders = [load_encoder(each.file) for each in known[: detector.references]]
-            conditions[kind] = learn_from(detector, encoders, images, Conditions(IMAGES_SEED, progress=SILENT))
+            references = [load_encoder(each.file) for each in known[: detector.references]]
+            conditions[kind] = learn_from(detector, references, images, Conditions(IMAGES_SEED, progress=SILENT))
         for banked in left:
             digest = sha256_file(banked.file)
             found = inspect_encoder(detector, load_encoder(banked.file), images, conditions[kind])
@@ -63,6 +65,13 @@ def measure(results: Path, data_root: Path | None) -> None:
             append_jsonl(file, {**row, "measures": dict(found.measures), "seconds": found.seconds})
             sys.stdout.write(f"{name}: {banked.group} {banked.seed}: {found.score:.4f}\n")
             sys.stdout.flush()
+
+
+def of_classes(results: Path) -> list[Banked]:
+    """An encoder tampered with for each class, and the clean one that all of them were before."""
+    tampered = list(bank(results, [CLASSES]))
+    twins = sorted((results / CLASSES / "clean_twins").glob("*.safetensors"))
+    return [*tampered, *(Banked(TWIN, tampered[0].seed, twin) for twin in twins)]
 
 
 def scored(rows: Sequence[Mapping[str, Any]], spec: Mapping[str, Any]) -> set[str]:
@@ -92,9 +101,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * (len(titles) - 2)}"]
     for name in dict.fromkeys(row["detector"] for row in rows):
         of_detector = [row for row in rows if row["detector"] == name]
-        detector = DEFENSES.build(of_detector[0]["spec"])
-        learned = REFERENCES if isinstance(detector, EncoderDetector) and detector.references else ()
-        clean = [row for row in of_detector if row["group"] == CLEAN and row["seed"] not in learned]
+        clean = [row for row in of_detector if row["group"] == CLEAN and free(row)]
         chosen, judged = ([row["score"] for row in clean if row["seed"] % 2 == odd] for odd in (0, 1))
         seconds = sum(row["seconds"] for row in of_detector) / len(of_detector)
         if not chosen or not judged:
@@ -115,6 +122,30 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         for name, groups in by_threshold(rows).items()
     ]
     return "\n".join([*lines, "", *flagged])
+
+
+def classes_table(results: Path) -> str:
+    """A row for each target class: of the bank's clean encoders, how many score as high, by each verified detector."""
+    files = [results / FILE, results / CLASSES_FILE]
+    if not all(file.exists() for file in files):
+        return "Not measured yet: `python -m benchmarks.detectors`."
+    clean, tampered = map(read_jsonl, files)
+    names = [name for name, spec in DETECTORS.items() if evidence(spec["name"]).status == "verified"]
+    lines = [f"| {' | '.join(('Target class', *names))} |", f"| --- |{' ---: |' * len(names)}"]
+    for group in dict.fromkeys(row["group"] for row in tampered):
+        scores = {row["detector"]: row["score"] for row in tampered if row["group"] == group}
+        shown = []
+        for name in names:
+            beside = [row["score"] for row in clean if (row["detector"], row["group"]) == (name, CLEAN) and free(row)]
+            shown.append(f"{sum(score >= scores[name] for score in beside)} of {len(beside)}" if name in scores else "")
+        lines.append(f"| {' | '.join([group, *shown])} |")
+    return "\n".join(lines)
+
+
+def free(row: Mapping[str, Any]) -> bool:
+    """Whether a detector did not learn from the encoder of a row."""
+    detector = DEFENSES.build(row["spec"])
+    return not (isinstance(detector, EncoderDetector) and detector.references) or row["seed"] not in REFERENCES
 
 
 def by_threshold(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
@@ -145,7 +176,8 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    measure(given.results, given.data_root)
+    measure(given.results, given.data_root, list(bank(given.results)), given.results / FILE)
+    measure(given.results, given.data_root, of_classes(given.results), given.results / CLASSES_FILE)
     sys.stdout.write(detector_table(given.results) + "\n")
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import detectors, filters, findings, repairs, retraining
+from benchmarks import class_reach, detectors, filters, findings, repairs, retraining
 from blto.files import read_json, read_jsonl, write_text
 from blto.records import RunStore
 from blto.report.tables import markdown_table
@@ -20,7 +20,10 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("engine.md", "findings.md", "defenses/README.md", "defenses/carried_trigger.md")
+        for name in (
+            *("engine.md", "findings.md"),
+            *(f"defenses/{page}.md" for page in ("README", "carried_trigger", "recipe_changes")),
+        )
     ),
 )
 GATES = ("gate1", "gate1_patch_size", "gate4", "gate4_levers", "gate4_controls", "gate4_repeats", "gate5")
@@ -42,7 +45,7 @@ SUMMARY = {
 
 def results_table(results: Path) -> str:
     """Every run that has no table of its own in docs/."""
-    elsewhere = ("gate", "bank")
+    elsewhere = ("gate", "bank", "recipe_changes")
     stores = [each for each in sorted(results.iterdir()) if each.is_dir() and not each.name.startswith(elsewhere)]
     return markdown_table([record for store in stores for record in RunStore(store).list()]).strip()
 
@@ -185,7 +188,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gate5_seeds": lambda results: findings.seeds_table(results / "gate5"),
     "bank": lambda results: findings.seeds_table(results / "bank_poisoned"),
     "bank_fresh": partial(gate_table, "bank_fresh"),
+    "class_reach": class_reach.class_table,
+    "recipe_changes": partial(gate_table, "recipe_changes"),
     "detectors": detectors.detector_table,
+    "detectors_by_class": detectors.classes_table,
     "defenses": detectors.status_table,
     "filters": filters.filter_table,
     "carried_trigger": filters.carried_trigger_table,

@@ -38,7 +38,6 @@ FILTERED: Mapping[str, Sequence[str]] = {
     "patch_fresh": ("spectral signatures", "repeated windows", RANDOM),
     "blto": ("carried trigger", RANDOM),
     "blto_fresh": ("carried trigger", RANDOM),
-    "blto_frog": ("carried trigger", RANDOM),
     "blto_concealed": ("carried trigger",),
 }
 """Attack -> the best filters on its sets, and none, which removes as many images."""

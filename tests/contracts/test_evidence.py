@@ -20,7 +20,7 @@ from blto.data.images import ImageSet
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, Defense, EncoderDetector, Inspection
 from blto.defenses.evidence import Evidence
-from blto.files import read_jsonl
+from blto.files import append_jsonl, read_jsonl
 from blto.models.encoder import Encoder
 from tests.factories import random_images
 
@@ -178,7 +178,33 @@ def test_a_detector_learns_once_for_all_encoders(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("blto.data.load", lambda *_, **__: random_images())
     monkeypatch.setattr("blto.models.checkpoints.load_encoder", lambda file: file)
     for _ in range(2):
-        detectors.measure(tmp_path, None)
+        detectors.measure(tmp_path, None, banked, tmp_path / detectors.FILE)
         assert learned == [list(detectors.REFERENCES[:2])] * 2 + [[]]
     rows = read_jsonl(tmp_path / detectors.FILE)
     assert [row["detector"] for row in rows] == [name for name in given for _ in files]
+
+
+def test_the_table_by_class_counts_the_clean_encoders_that_score_as_high(tmp_path: Path) -> None:
+    assert "Not measured" in detectors.classes_table(tmp_path)
+
+    def row(name: str, seed: int, group: str, score: float) -> dict[str, Any]:
+        return {"detector": name, "spec": detectors.DETECTORS[name], "group": group, "seed": seed, "score": score}
+
+    for name in detectors.DETECTORS:
+        for seed in range(40):
+            append_jsonl(tmp_path / detectors.FILE, row(name, seed, "clean", seed / 40))
+        append_jsonl(tmp_path / detectors.FILE, row(name, 0, "patch", 9.0))
+        append_jsonl(tmp_path / detectors.CLASSES_FILE, row(name, 50, "frog", 38 / 40))
+    title, _, line = detectors.classes_table(tmp_path).splitlines()
+    found = dict(zip(title.strip("| ").split(" | ")[1:], line.strip("| ").split(" | ")[1:], strict=True))
+    assert line.startswith("| frog |")
+    assert found["DECREE"] == "2 of 40"
+    assert found["generator inversion"] == "2 of 35", "it learned from five of them"
+
+
+def test_the_encoders_of_each_class_come_with_what_all_of_them_were_before() -> None:
+    found = detectors.of_classes(RESULTS)
+    assert len(found) == 11
+    assert found[-1].group == detectors.TWIN
+    assert all(each.file.exists() for each in found)
+    assert {each.record.spec["attack"]["target_class"] for each in found[:-1]} == set(range(10))
