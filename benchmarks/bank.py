@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from blto.attacks import ATTACKS
 from blto.attacks.base import Attack, Surroundings, poison_with
+from blto.data import load
 from blto.data.images import ImageSet
 from blto.errors import InputRefused
 from blto.evaluation import PROBES, aggregate, evaluate_backdoor
 from blto.experiment import ExperimentSpec
 from blto.experiment.outcome import ENCODER, TRIGGER
 from blto.experiment.stages import pretraining_inputs
+from blto.files import read_jsonl
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder
 from blto.poisoning import PoisonedDataset, Trigger, apply_to_uint8, load_trigger
@@ -33,6 +36,35 @@ PROBE_IMAGES = 10_000
 COLUMNS = ("ASR (linear)", "Lift", "ASR (kNN)", "Lift", "Accuracy (linear)", "Clean twin's")
 Found = dict[str, dict[str, float | None]]
 """Probe -> metric -> value."""
+
+
+Rows = Sequence[dict[str, Any]]
+
+
+def arguments(doc: str | None, seeds: Sequence[int] | None = None) -> argparse.ArgumentParser:
+    """What a benchmark on the bank takes: where data and records lie, and, if it has any, the seeds."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    if seeds:
+        parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    return parser
+
+
+def cifar10(data_root: Path | None) -> tuple[ImageSet, ImageSet]:
+    """Training and test part."""
+    return load("cifar10", data_root=data_root, split="train"), load("cifar10", data_root=data_root, split="test")
+
+
+def recorded(file: Path) -> list[dict[str, Any]]:
+    """What a benchmark has measured."""
+    return read_jsonl(file) if file.exists() else []
+
+
+def table_of(file: Path, table: Callable[[Rows], str]) -> str:
+    """The table of what a benchmark, after which its file is named, has measured."""
+    rows = recorded(file)
+    return table(rows) if rows else f"Not measured yet: `python -m benchmarks.{file.stem}`."
 
 
 class Banked(NamedTuple):

@@ -3,13 +3,11 @@
 For each class a small generator within 8/255 learns, on three clean encoders of the bank in turn, to move images there
 (BLTO's outer objective), and its ASR is taken on other clean encoders: what the class gives a trigger without any
 poison. Beside it stands how much of the class one k-means cluster holds, by which a defender without labels would have
-to find it. To run, as often as need be (a minute a class on one core): python -m benchmarks.class_reach --data-root DIR
+to find it. To run (a minute a class on one core): python -m benchmarks.class_reach --data-root DIR
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bank import CLEAN, RESULTS, Banked, Bench, Victim, bank, judge
-from blto.data import load
+from benchmarks.bank import CLEAN, Banked, Bench, Victim, arguments, bank, cifar10, judge, recorded, table_of
 from blto.data.images import ImageSet
 from blto.defenses.base import Conditions
 from blto.defenses.cluster_triggers import Search, common_clusters, invert_clusters, vectors_of
 from blto.evaluation import PROBES
-from blto.files import append_jsonl, read_jsonl
+from blto.files import append_jsonl
 from blto.models.checkpoints import load_encoder
 from blto.poisoning import apply_to_uint8
 from blto.runtime.progress import SILENT
@@ -39,17 +36,14 @@ COLUMNS = (
     "ASR (linear)",
     "ASR (kNN)",
     "Untriggered",
-    "Its share of one cluster",
-    "That cluster's share of it",
+    "Of the class, in one cluster",
+    "Of that cluster, the class",
 )
 
 
 def measure(results: Path, train: ImageSet, test: ImageSet) -> None:
-    """Learn a trigger for each class, and judge it, where that has not been done."""
-    assert train.labels is not None
-    file = results / FILE
-    done = {row["class"] for row in read_jsonl(file)} if file.exists() else set()
-    if done >= set(train.class_names):
+    """Learn a trigger for each class, and judge it; where that has been done, nothing."""
+    if recorded(results / FILE):
         return
     clean = {each.seed: each for each in bank(results) if each.group == CLEAN}
     encoders = [load_encoder(clean[seed].file) for seed in LEARNED_ON]
@@ -60,17 +54,18 @@ def measure(results: Path, train: ImageSet, test: ImageSet) -> None:
     features = [vectors_of(encoder, images.images, conditions) for encoder in encoders]
     clusters = common_clusters(features, CLUSTERS, conditions.seed)
     triggers = invert_clusters(encoders, features, images.images, labels, SEARCH, conditions)
+    rows = []
     for target, (name, trigger) in enumerate(zip(train.class_names, triggers, strict=True)):
-        if name in done:
-            continue
         triggered = apply_to_uint8(trigger.at_test(), bench.test.images)
         found = [rates(clean[seed], Victim(clean[seed], "", target, triggered), bench) for seed in JUDGED_ON]
         of_class = np.bincount(clusters[labels == target], minlength=CLUSTERS)
         best = int(of_class.argmax())
         row = {"class": name, "found": found, "in_cluster": float(of_class[best] / of_class.sum())}
-        append_jsonl(file, {**row, "of_cluster": float(of_class[best] / (clusters == best).sum())})
+        rows.append({**row, "of_cluster": float(of_class[best] / (clusters == best).sum())})
         sys.stdout.write(f"{name}: {[each['linear']['asr'] for each in found]}\n")
         sys.stdout.flush()
+    for row in rows:
+        append_jsonl(results / FILE, row)
 
 
 def rates(banked: Banked, of: Victim, bench: Bench) -> dict[str, dict[str, float | None]]:
@@ -98,21 +93,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def class_table(results: Path) -> str:
+def class_reach_table(results: Path) -> str:
     """The table of what has been measured."""
-    file = results / FILE
-    return table(read_jsonl(file)) if file.exists() else "Not measured yet: `python -m benchmarks.class_reach`."
+    return table_of(results / FILE, table)
 
 
 def main() -> None:
-    """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    train, test = (load("cifar10", data_root=given.data_root, split=split) for split in ("train", "test"))
-    measure(given.results, train, test)
-    sys.stdout.write(class_table(given.results) + "\n")
+    """Measure, unless it has been done, and print the table."""
+    given = arguments(__doc__).parse_args()
+    measure(given.results, *cifar10(given.data_root))
+    sys.stdout.write(class_reach_table(given.results) + "\n")
 
 
 if __name__ == "__main__":

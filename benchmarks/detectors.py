@@ -8,19 +8,17 @@ an encoder on one core): python -m benchmarks.detectors --data-root DIR
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.bank import CLEAN, RESULTS, Banked, bank
+from benchmarks.bank import CLEAN, Banked, Rows, arguments, bank, recorded, table_of
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, Defense, EncoderDetector, inspect_encoder, learn_from
 from blto.defenses.evidence import Evidence
 from blto.evaluation.detection import auroc, expected_average_precision, tpr_at_lowest_fpr
-from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
+from blto.files import append_jsonl, canonical_json, sha256_file
 from blto.records import Metric
 
 FILE, CLASSES_FILE = "detectors.jsonl", "detectors_by_class.jsonl"
@@ -45,7 +43,7 @@ def measure(results: Path, data_root: Path | None, encoders: Sequence[Banked], f
     from blto.runtime.progress import SILENT
 
     images = load("cifar10", data_root=data_root, split="test").without_labels()
-    rows = read_jsonl(file) if file.exists() else []
+    rows = recorded(file)
     conditions: dict[bytes, Conditions] = {}
     for name, spec in DETECTORS.items():
         detector = DEFENSES.build(spec)
@@ -70,7 +68,7 @@ def measure(results: Path, data_root: Path | None, encoders: Sequence[Banked], f
 def of_classes(results: Path) -> list[Banked]:
     """An encoder tampered with for each class, and the clean one that all of them were before."""
     tampered = list(bank(results, [CLASSES]))
-    twins = sorted((results / CLASSES / "clean_twins").glob("*.safetensors"))
+    twins = sorted((results / CLASSES / "clean_twins").glob("*.safetensors")) if tampered else []
     return [*tampered, *(Banked(TWIN, tampered[0].seed, twin) for twin in twins)]
 
 
@@ -101,7 +99,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(titles)} |", f"| --- | --- |{' ---: |' * (len(titles) - 2)}"]
     for name in dict.fromkeys(row["detector"] for row in rows):
         of_detector = [row for row in rows if row["detector"] == name]
-        clean = [row for row in of_detector if row["group"] == CLEAN and free(row)]
+        clean = [row for row in of_detector if row["group"] == CLEAN and not_learned_from(row)]
         chosen, judged = ([row["score"] for row in clean if row["seed"] % 2 == odd] for odd in (0, 1))
         seconds = sum(row["seconds"] for row in of_detector) / len(of_detector)
         if not chosen or not judged:
@@ -124,26 +122,25 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "", *flagged])
 
 
-def classes_table(results: Path) -> str:
-    """A row for each target class: of the bank's clean encoders, how many score as high, by each verified detector."""
-    files = [results / FILE, results / CLASSES_FILE]
-    if not all(file.exists() for file in files):
-        return "Not measured yet: `python -m benchmarks.detectors`."
-    clean, tampered = map(read_jsonl, files)
-    names = [name for name, spec in DETECTORS.items() if evidence(spec["name"]).status == "verified"]
-    lines = [f"| {' | '.join(('Target class', *names))} |", f"| --- |{' ---: |' * len(names)}"]
-    for group in dict.fromkeys(row["group"] for row in tampered):
-        scores = {row["detector"]: row["score"] for row in tampered if row["group"] == group}
-        shown = []
-        for name in names:
-            beside = [row["score"] for row in clean if (row["detector"], row["group"]) == (name, CLEAN) and free(row)]
-            shown.append(f"{sum(score >= scores[name] for score in beside)} of {len(beside)}" if name in scores else "")
-        lines.append(f"| {' | '.join([group, *shown])} |")
-    return "\n".join(lines)
+def by_class_table(results: Path) -> str:
+    """For each target class, how many of the bank's clean encoders score as high, by each verified detector."""
+    clean = [row for row in recorded(results / FILE) if row["group"] == CLEAN and not_learned_from(row)]
+
+    def counts(rows: Rows) -> str:
+        names = [name for name, spec in DETECTORS.items() if evidence(spec["name"]).status == "verified"]
+        beside = {name: [row["score"] for row in clean if row["detector"] == name] for name in names}
+        lines = [f"| {' | '.join(('Tampered for', *names))} |", f"| --- |{' ---: |' * len(names)}"]
+        for group in dict.fromkeys(row["group"] for row in rows):
+            scores = {row["detector"]: row["score"] for row in rows if row["group"] == group}
+            cells = [f"{sum(score >= scores[name] for score in beside[name])} of {len(beside[name])}" for name in names]
+            lines.append(f"| {' | '.join([group, *cells])} |")
+        return "\n".join(lines)
+
+    return table_of(results / CLASSES_FILE, counts)
 
 
-def free(row: Mapping[str, Any]) -> bool:
-    """Whether a detector did not learn from the encoder of a row."""
+def not_learned_from(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of an encoder that its detector did not learn from."""
     detector = DEFENSES.build(row["spec"])
     return not (isinstance(detector, EncoderDetector) and detector.references) or row["seed"] not in REFERENCES
 
@@ -166,16 +163,12 @@ def shown(metric: Metric, factor: float, digits: int) -> str:
 
 def detector_table(results: Path) -> str:
     """The table of what has been measured."""
-    file = results / FILE
-    return table(read_jsonl(file)) if file.exists() else "Not measured yet: `python -m benchmarks.detectors`."
+    return table_of(results / FILE, table)
 
 
 def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    given = arguments(__doc__).parse_args()
     measure(given.results, given.data_root, list(bank(given.results)), given.results / FILE)
     measure(given.results, given.data_root, of_classes(given.results), given.results / CLASSES_FILE)
     sys.stdout.write(detector_table(given.results) + "\n")

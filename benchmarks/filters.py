@@ -7,8 +7,6 @@ python -m benchmarks.filters --data-root DIR --seeds 0 1 2
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from benchmarks.bank import PARTS, RESULTS, attacked, poisoned_set
+from benchmarks.bank import PARTS, arguments, attacked, cifar10, poisoned_set, recorded
 from benchmarks.detectors import evidence
-from blto.data import load
 from blto.data.images import ImageSet
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, DatasetFilter, Scores, score_dataset
-from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
+from blto.files import append_jsonl, canonical_json, sha256_file
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder
 from blto.runtime.progress import SILENT
@@ -73,7 +70,7 @@ def measure(results: Path, seeds: Sequence[int], train: ImageSet) -> None:
     """Score what has not been scored yet: the sets of attacks that poison, and whose trigger is there."""
     assert train.labels is not None
     file = results / FILE
-    done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in recorded(results)}
+    done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in recorded(file)}
     for banked in attacked(results, seeds, SETS):
         digest = sha256_file(banked.file)
         specs = {name: DEFENSES.resolve(options) for name, options in FILTERS.items()}
@@ -93,15 +90,10 @@ def measure(results: Path, seeds: Sequence[int], train: ImageSet) -> None:
             sys.stdout.flush()
 
 
-def recorded(results: Path) -> list[dict[str, Any]]:
-    """What has been measured."""
-    return read_jsonl(results / FILE) if (results / FILE).exists() else []
-
-
 def carried_trigger_table(results: Path) -> str:
     """A row for each set that the carried trigger has ranked, from the records."""
     lines = [f"| {' | '.join(('Attack', 'Seed', *TITLES))} |", f"| --- | ---: |{' ---: |' * len(TITLES)}"]
-    rows = [row for row in recorded(results) if row["filter"] == "carried trigger"]
+    rows = [row for row in recorded(results / FILE) if row["filter"] == "carried trigger"]
     for row in sorted(rows, key=lambda row: (row["group"], int(row["seed"]))):
         lines.append(f"| {row['group']} | {row['seed']} | {' | '.join(values([row]))} |")
     return "\n".join(lines)
@@ -109,7 +101,7 @@ def carried_trigger_table(results: Path) -> str:
 
 def filter_table(results: Path) -> str:
     """A row for each verified filter and attack: means over sets."""
-    rows = [row for row in recorded(results) if evidence(row["spec"]["name"]).status == "verified"]
+    rows = [row for row in recorded(results / FILE) if evidence(row["spec"]["name"]).status == "verified"]
     lines = [
         f"| {' | '.join(('Attack', 'Filter', 'Sets', *TITLES))} |",
         f"| --- | --- | {'---: | ' * len(TITLES)}---: |",
@@ -134,12 +126,8 @@ def values(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    given = parser.parse_args()
-    measure(given.results, given.seeds, load("cifar10", data_root=given.data_root, split="train"))
+    given = arguments(__doc__, SEEDS).parse_args()
+    measure(given.results, given.seeds, cifar10(given.data_root)[0])
     sys.stdout.write(filter_table(given.results) + "\n")
 
 

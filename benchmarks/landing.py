@@ -1,14 +1,13 @@
 """Where do triggered images go? Each backdoored encoder of the bank as a record, and the table of docs/findings.md.
 
 An ASR counts the images that go to the target class. Of those that go elsewhere it does not say whether they scatter,
-as without a backdoor, or all go to one other class. To run (half a minute an encoder on one core):
+as without a backdoor, or all go to one other class. Probes are fitted on all training images, as a run's own are. To
+run (a minute an encoder on one core):
 python -m benchmarks.landing --data-root DIR --seeds 0 1 50
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,17 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bank import RESULTS, Bench, attacked, twin_of, victim
-from blto.data import load
+from benchmarks.bank import Bench, arguments, attacked, cifar10, recorded, table_of, twin_of, victim
 from blto.data.images import ImageSet
 from blto.evaluation import PROBES, extract, fit_probe
-from blto.files import append_jsonl, read_jsonl, sha256_file
+from blto.files import append_jsonl, sha256_file
 from blto.models.checkpoints import load_encoder
 from blto.models.encoder import Encoder
 
 FILE = "landing.jsonl"
 SEEDS = (0, 1, 2, 3, 4, 50)
-ENDS = tuple(f"{of} ({probe})" for probe in ("linear", "knn") for of in ("Most go to", "On the clean twin"))
+ENDS = tuple(f"{of} ({probe})" for probe in PROBES for of in ("Most go to", "On the clean twin"))
 
 
 def shares(encoder: Encoder, triggered: ImageSet, bench: Bench, target: int) -> dict[str, list[float]]:
@@ -41,8 +39,8 @@ def shares(encoder: Encoder, triggered: ImageSet, bench: Bench, target: int) -> 
 
 def measure(results: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet) -> None:
     """Judge what has not been, and whose trigger is there."""
-    bench, file = Bench.of(train, test), results / FILE
-    done = {row["encoder_sha256"] for row in read_jsonl(file)} if file.exists() else set()
+    bench, file = Bench(train, test), results / FILE
+    done = {row["encoder_sha256"] for row in recorded(file)}
     for banked in attacked(results, seeds):
         digest = sha256_file(banked.file)
         if digest in done:
@@ -59,36 +57,31 @@ def measure(results: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet
 
 
 def most(row: Mapping[str, Any], encoder: str, probe: str) -> str:
-    """The class to which most images go, and their share."""
-    found = row[encoder][probe]
-    best = int(np.argmax(found))
-    return f"{row['classes'][best]}, {found[best]:.0%}"
+    """The class to which most images go, and their share; also the target's, where that is another."""
+    found, classes = row[encoder][probe], row["classes"]
+    best, target = int(np.argmax(found)), classes.index(row["target"])
+    other = "" if best == target else f", target {found[target]:.0%}"
+    return f"{classes[best]} {found[best]:.0%}{other}"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A row an encoder."""
     lines = [f"| {' | '.join(('Attack', 'Seed', 'Target', *ENDS))} |", f"| --- | ---: | --- |{' --- |' * len(ENDS)}"]
     for row in sorted(rows, key=lambda row: (row["group"], int(row["seed"]))):
-        ends = [most(row, encoder, probe) for probe in ("linear", "knn") for encoder in ("victim", "clean_twin")]
+        ends = [most(row, encoder, probe) for probe in PROBES for encoder in ("victim", "clean_twin")]
         lines.append(f"| {' | '.join([row['group'], str(row['seed']), row['target'], *ends])} |")
     return "\n".join(lines)
 
 
 def landing_table(results: Path) -> str:
     """The table of what has been measured."""
-    file = results / FILE
-    return table(read_jsonl(file)) if file.exists() else "Not measured yet: `python -m benchmarks.landing`."
+    return table_of(results / FILE, table)
 
 
 def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    given = parser.parse_args()
-    train, test = (load("cifar10", data_root=given.data_root, split=split) for split in ("train", "test"))
-    measure(given.results, given.seeds, train, test)
+    given = arguments(__doc__, SEEDS).parse_args()
+    measure(given.results, given.seeds, *cifar10(given.data_root))
     sys.stdout.write(landing_table(given.results) + "\n")
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import class_reach, detectors, filters, findings, repairs, retraining
+from benchmarks import class_reach, detectors, filters, findings, landing, repairs, retraining
 from blto.files import read_json, read_jsonl, write_text
 from blto.records import RunStore
 from blto.report.tables import markdown_table
@@ -188,10 +188,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gate5_seeds": lambda results: findings.seeds_table(results / "gate5"),
     "bank": lambda results: findings.seeds_table(results / "bank_poisoned"),
     "bank_fresh": partial(gate_table, "bank_fresh"),
-    "class_reach": class_reach.class_table,
+    "class_reach": class_reach.class_reach_table,
+    "landing": landing.landing_table,
     "recipe_changes": partial(gate_table, "recipe_changes"),
     "detectors": detectors.detector_table,
-    "detectors_by_class": detectors.classes_table,
+    "detectors_by_class": detectors.by_class_table,
     "defenses": detectors.status_table,
     "filters": filters.filter_table,
     "carried_trigger": filters.carried_trigger_table,

@@ -8,21 +8,34 @@ python -m benchmarks.repairs --data-root DIR --seeds 0 1 2 [--attacks patch blto
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bank import COLUMNS, RESULTS, Bench, Found, attacked, columns, judge, twin_of, victim
+from benchmarks.bank import (
+    CLEAN,
+    COLUMNS,
+    RESULTS,
+    Bench,
+    Found,
+    arguments,
+    attacked,
+    bank,
+    cifar10,
+    columns,
+    judge,
+    recorded,
+    table_of,
+    twin_of,
+    victim,
+)
 from benchmarks.detectors import evidence
-from blto.data import load
 from blto.data.images import ImageSet
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, EncoderRepair, repair_encoder
-from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
+from blto.files import append_jsonl, canonical_json, sha256_file
 from blto.models.checkpoints import load_encoder
 from blto.runtime.progress import SILENT
 
@@ -62,7 +75,7 @@ def measure(
 ) -> None:
     """Repair and judge what has not been, and whose trigger is there; of some attacks and repairs only, if named."""
     bench, clean, file = Bench.of(train, test), train.without_labels(), results / FILE
-    rows = read_jsonl(file) if file.exists() else []
+    rows = recorded(file)
     done = {(canonical_json(DEFENSES.resolve(row["spec"])), row["encoder_sha256"]) for row in rows}
     before = {row["encoder_sha256"]: row["before"] for row in rows}
     chosen = {name: REPAIRS[name] for name in repairs or REPAIRS}
@@ -124,21 +137,17 @@ def line(group: str, name: str, images: str, found: Sequence[Found], seconds: st
 
 def repair_table(results: Path) -> str:
     """The table of what has been measured."""
-    file = results / FILE
-    return table(read_jsonl(file)) if file.exists() else "Not measured yet: `python -m benchmarks.repairs`."
+    return table_of(results / FILE, table)
 
 
 def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--attacks", nargs="+", default=(), metavar="NAME", help="as the bank's folders name them")
+    parser = arguments(__doc__, SEEDS)
+    known = sorted({banked.group for banked in bank(RESULTS) if banked.group != CLEAN})
+    parser.add_argument("--attacks", nargs="+", default=(), choices=known)
     parser.add_argument("--repairs", nargs="+", default=(), choices=tuple(REPAIRS))
     given = parser.parse_args()
-    train, test = (load("cifar10", data_root=given.data_root, split=split) for split in ("train", "test"))
-    measure(given.results, given.seeds, train, test, attacks=given.attacks, repairs=given.repairs)
+    measure(given.results, given.seeds, *cifar10(given.data_root), attacks=given.attacks, repairs=given.repairs)
     sys.stdout.write(repair_table(given.results) + "\n")
 
 

@@ -8,8 +8,6 @@ python -m benchmarks.retraining --data-root DIR --seeds 0 1
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,15 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bank import COLUMNS, RESULTS, Bench, attacked, columns, judge, poisoned_set, twin_of, victim
+from benchmarks.bank import (
+    COLUMNS,
+    Bench,
+    arguments,
+    attacked,
+    cifar10,
+    columns,
+    judge,
+    poisoned_set,
+    recorded,
+    table_of,
+    twin_of,
+    victim,
+)
 from benchmarks.filters import FILTERS, ranking
-from blto.data import load
 from blto.data.images import ImageSet
 from blto.defenses import DEFENSES
 from blto.experiment import Environment, ExperimentSpec
 from blto.experiment.outcome import ENCODER
 from blto.experiment.stages import pretrain_stage
-from blto.files import append_jsonl, canonical_json, read_jsonl, sha256_file
+from blto.files import append_jsonl, canonical_json, sha256_file
 from blto.models.checkpoints import load_encoder
 from blto.records import RunStore
 from blto.runtime.seeds import numpy_generator
@@ -35,7 +45,7 @@ STORE = Path("runs/retraining")
 RANDOM = "at random"
 FILTERED: Mapping[str, Sequence[str]] = {
     "patch": ("spectral signatures", "repeated windows", RANDOM),
-    "patch_fresh": ("spectral signatures", "repeated windows", RANDOM),
+    "patch_truck": ("spectral signatures", "repeated windows", RANDOM),
     "blto": ("carried trigger", RANDOM),
     "blto_fresh": ("carried trigger", RANDOM),
     "blto_concealed": ("carried trigger",),
@@ -50,7 +60,7 @@ TITLES = ("Attack", "Filter", "Removed", "Victims", "Poisons left", *COLUMNS)
 def measure(results: Path, store: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet) -> None:
     """Filter, train again and judge what has not been, and whose trigger is there."""
     bench, file = Bench.of(train, test), results / FILE
-    rows = read_jsonl(file) if file.exists() else []
+    rows = recorded(file)
     done = {
         (canonical_json(DEFENSES.resolve(row["spec"]) if row["spec"] else {}), row["encoder_sha256"]) for row in rows
     }
@@ -96,20 +106,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def retraining_table(results: Path) -> str:
     """The table of what has been measured."""
-    file = results / FILE
-    return table(read_jsonl(file)) if file.exists() else "Not measured yet: `python -m benchmarks.retraining`."
+    return table_of(results / FILE, table)
 
 
 def main() -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("BLTO_DATA"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = arguments(__doc__, SEEDS)
     parser.add_argument("--store", type=Path, default=STORE)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     given = parser.parse_args()
-    train, test = (load("cifar10", data_root=given.data_root, split=split) for split in ("train", "test"))
-    measure(given.results, given.store, given.seeds, train, test)
+    measure(given.results, given.store, given.seeds, *cifar10(given.data_root))
     sys.stdout.write(retraining_table(given.results) + "\n")
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 
 from benchmarks import class_reach
+from benchmarks.bank import Bench, Victim, bank, judge
 from blto.data import load
 from blto.defenses.cluster_triggers import Search
 from blto.evaluation import PROBES
 from blto.files import read_jsonl
-from blto.models.checkpoints import save_encoder
+from blto.models.checkpoints import load_encoder, save_encoder
 from blto.models.encoder import build_encoder
+from blto.poisoning import AdditiveTrigger, Budget, apply_to_uint8
 from blto.records import RunRecord, RunStore
 from tests.factories import TINY_BACKBONE
 
@@ -39,23 +45,46 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_class_is_judged_on_every_encoder_and_not_again(results: Path) -> None:
-    class_reach.measure(results, TRAIN, TEST)
-    file = results / class_reach.FILE
-    rows = read_jsonl(file)
-    assert [row["class"] for row in rows] == list(TRAIN.class_names)
-    for row in rows:
-        assert [set(found) for found in row["found"]] == [set(PROBES)] * 2
-        assert row["found"][0] != row["found"][1]
-        assert 1 / 3 <= row["in_cluster"] <= 1
-        assert 0 < row["of_cluster"] <= 1
+def test_each_class_has_its_own_trigger_judged_on_every_encoder(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triggers = [
+        AdditiveTrigger(torch.full((3, 16, 16), 0.1 * target), Budget(1)) for target in range(TRAIN.num_classes)
+    ]
+    asked: list[npt.NDArray[np.int64]] = []
 
-    whole = file.read_text()
+    def invert_clusters(*given: Any) -> Any:
+        asked.append(given[3])
+        return iter(triggers)
+
+    monkeypatch.setattr(class_reach, "invert_clusters", invert_clusters)
+    monkeypatch.setattr(class_reach, "common_clusters", lambda *_: np.arange(60) % 3)
     class_reach.measure(results, TRAIN, TEST)
-    assert file.read_text() == whole
-    file.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert TRAIN.labels is not None
+    assert np.array_equal(asked[0], TRAIN.labels[:60])
+    rows = read_jsonl(results / class_reach.FILE)
+    assert [row["class"] for row in rows] == list(TRAIN.class_names)
+    bench = Bench(TRAIN, TEST)  # fewer than PROBE_IMAGES, so all of them
+    judged = {banked.seed: banked for banked in bank(results) if banked.seed}
+    for target, (row, trigger) in enumerate(zip(rows, triggers, strict=True)):
+        triggered = apply_to_uint8(trigger, TEST.images)
+        for found, banked in zip(row["found"], judged.values(), strict=True):
+            encoder = load_encoder(banked.file)
+            expected = judge(encoder, encoder, Victim(banked, "", target, triggered), bench)
+            assert {probe: found[probe]["asr"] for probe in PROBES} == {
+                probe: expected[probe]["asr"] for probe in PROBES
+            }
+        of_class = np.bincount(np.arange(60)[TRAIN.labels[:60] == target] % 3)
+        assert row["in_cluster"] == pytest.approx(of_class.max() / of_class.sum())
+        assert row["of_cluster"] == pytest.approx(of_class.max() / 20)
+    assert len({str(row["found"]) for row in rows}) > 1
+
+    monkeypatch.setattr(class_reach, "invert_clusters", None)  # nothing is left to do
     class_reach.measure(results, TRAIN, TEST)
-    assert file.read_text() == whole
+
+
+def test_a_trigger_is_learned_for_each_class(results: Path) -> None:
+    class_reach.measure(results, TRAIN, TEST)
+    rows = read_jsonl(results / class_reach.FILE)
+    assert [set(found) for row in rows for found in row["found"]] == [set(PROBES)] * 2 * TRAIN.num_classes
 
 
 def test_the_table_begins_with_the_class_that_is_reached_most_easily() -> None:

@@ -31,7 +31,7 @@ def test_shares_are_those_of_the_other_classes_and_agree_with_the_asr(tmp_path: 
             assert sum(row[encoder][probe]) == pytest.approx(1)
             known = banked.record.metric(metric, probe)
             assert known is not None
-            assert row[encoder][probe][1] == pytest.approx(known.value, abs=0.05)  # the export's weights are in fp16
+            assert row[encoder][probe][1] == pytest.approx(known.value, abs=0.03)  # the export's weights are in fp16
 
 
 def test_the_table_names_the_class_that_gets_most() -> None:
@@ -39,4 +39,6 @@ def test_the_table_names_the_class_that_gets_most() -> None:
     twin = {probe: [0.2, 0.7, 0.1] for probe in ends}
     row = {"group": "patch", "seed": 50, "target": "plane", "classes": ["plane", "car", "ship"]}
     *_, line = landing.table([{**row, "victim": ends, "clean_twin": twin}]).splitlines()
-    assert line == "| patch | 50 | plane | ship, 90% | car, 70% | plane, 50% | car, 70% |"
+    assert (
+        line == "| patch | 50 | plane | ship 90%, target 10% | car 70%, target 20% | plane 50% | car 70%, target 20% |"
+    )

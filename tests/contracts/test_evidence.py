@@ -184,22 +184,34 @@ def test_a_detector_learns_once_for_all_encoders(tmp_path: Path, monkeypatch: py
     assert [row["detector"] for row in rows] == [name for name in given for _ in files]
 
 
-def test_the_table_by_class_counts_the_clean_encoders_that_score_as_high(tmp_path: Path) -> None:
-    assert "Not measured" in detectors.classes_table(tmp_path)
+def test_the_table_by_class_counts_the_clean_encoders_that_score_as_high(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Not measured" in detectors.by_class_table(tmp_path)
 
     def row(name: str, seed: int, group: str, score: float) -> dict[str, Any]:
         return {"detector": name, "spec": detectors.DETECTORS[name], "group": group, "seed": seed, "score": score}
 
     for name in detectors.DETECTORS:
         for seed in range(40):
-            append_jsonl(tmp_path / detectors.FILE, row(name, seed, "clean", seed / 40))
+            score = 1.0 if seed in detectors.REFERENCES else seed / 40
+            append_jsonl(tmp_path / detectors.FILE, row(name, seed, "clean", score))
         append_jsonl(tmp_path / detectors.FILE, row(name, 0, "patch", 9.0))
-        append_jsonl(tmp_path / detectors.CLASSES_FILE, row(name, 50, "frog", 38 / 40))
-    title, _, line = detectors.classes_table(tmp_path).splitlines()
-    found = dict(zip(title.strip("| ").split(" | ")[1:], line.strip("| ").split(" | ")[1:], strict=True))
-    assert line.startswith("| frog |")
-    assert found["DECREE"] == "2 of 40"
-    assert found["generator inversion"] == "2 of 35", "it learned from five of them"
+        for group, score in (("frog", 38 / 40), (detectors.TWIN, 0.0)):
+            append_jsonl(tmp_path / detectors.CLASSES_FILE, row(name, 50, group, score))
+
+    def told() -> list[dict[str, str]]:
+        title, _, *lines = detectors.by_class_table(tmp_path).splitlines()
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (title, *lines)]
+        return [dict(zip(cells[0], line, strict=True)) for line in cells[1:]]
+
+    frog, twin = told()
+    assert (frog["Tampered for"], twin["Tampered for"]) == ("frog", detectors.TWIN)
+    assert (frog["DECREE"], twin["DECREE"]) == ("7 of 40", "40 of 40")
+    assert (frog["generator inversion"], twin["generator inversion"]) == ("2 of 35", "35 of 35")
+    monkeypatch.setattr(cast(type, DEFENSES.get("channel_outlier")), "evidence", Evidence())
+    assert "strongest channel" in frog
+    assert "strongest channel" not in told()[0]
 
 
 def test_the_encoders_of_each_class_come_with_what_all_of_them_were_before() -> None:
