@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.bank import CLEAN, Banked, Rows, arguments, bank, recorded, table_of
+from benchmarks.bank import CLEAN, Banked, arguments, bank, recorded, table_of
 from blto.defenses import DEFENSES
 from blto.defenses.base import Conditions, Defense, EncoderDetector, inspect_encoder, learn_from
 from blto.defenses.evidence import Evidence
@@ -124,19 +124,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def by_class_table(results: Path) -> str:
     """For each target class, how many of the bank's clean encoders score as high, by each verified detector."""
+    rows = recorded(results / CLASSES_FILE)
+    if not rows:
+        return "Not measured yet: `python -m benchmarks.detectors`."
+    names = [name for name, spec in DETECTORS.items() if evidence(spec["name"]).status == "verified"]
     clean = [row for row in recorded(results / FILE) if row["group"] == CLEAN and not_learned_from(row)]
-
-    def counts(rows: Rows) -> str:
-        names = [name for name, spec in DETECTORS.items() if evidence(spec["name"]).status == "verified"]
-        beside = {name: [row["score"] for row in clean if row["detector"] == name] for name in names}
-        lines = [f"| {' | '.join(('Tampered for', *names))} |", f"| --- |{' ---: |' * len(names)}"]
-        for group in dict.fromkeys(row["group"] for row in rows):
-            scores = {row["detector"]: row["score"] for row in rows if row["group"] == group}
-            cells = [f"{sum(score >= scores[name] for score in beside[name])} of {len(beside[name])}" for name in names]
-            lines.append(f"| {' | '.join([group, *cells])} |")
-        return "\n".join(lines)
-
-    return table_of(results / CLASSES_FILE, counts)
+    beside = {name: [row["score"] for row in clean if row["detector"] == name] for name in names}
+    lines = [f"| {' | '.join(('Tampered for', *names))} |", f"| --- |{' ---: |' * len(names)}"]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        scores = {row["detector"]: row["score"] for row in rows if row["group"] == group}
+        counts = {
+            name: sum(other >= score for other in beside[name]) for name, score in scores.items() if name in names
+        }
+        cells = [f"{counts[name]} of {len(beside[name])}" if name in counts else "" for name in names]
+        lines.append(f"| {' | '.join([group, *cells])} |")
+    return "\n".join(lines)
 
 
 def not_learned_from(row: Mapping[str, Any]) -> bool:

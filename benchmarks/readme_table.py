@@ -188,6 +188,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gate5_seeds": lambda results: findings.seeds_table(results / "gate5"),
     "bank": lambda results: findings.seeds_table(results / "bank_poisoned"),
     "bank_fresh": partial(gate_table, "bank_fresh"),
+    "bank_classes": partial(gate_table, "bank_classes"),
     "class_reach": class_reach.class_reach_table,
     "landing": landing.landing_table,
     "recipe_changes": partial(gate_table, "recipe_changes"),

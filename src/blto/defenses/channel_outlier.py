@@ -31,8 +31,8 @@ class ChannelOutlier(EncoderDetector):
         threat_model="the encoder alone",
     )
     evidence = Evidence(
-        "It tells ten of ten encoders whose training images carried a patch from clean ones; of BadEncoder's and "
-        "BLTO's none.",
+        "It tells twelve of twelve encoders whose training images carried a patch from clean ones, two of them with "
+        "another pattern and one with another class; of BadEncoder's and BLTO's none.",
         must_show="test_channel_outlier::test_a_planted_channel_stands_out_and_in_its_layer_alone",
         positive="test_channel_outlier::test_encoders_taught_a_patch_by_their_training_images_stand_out_of_clean_ones",
     )

@@ -81,8 +81,9 @@ class DECREE(EncoderDetector):
         "the encoder and clean images without labels",
     )
     evidence = Evidence(
-        "Begun in windows, as the scan does, it finds nine of ten BadEncoders, with the paper's one random start "
-        "two; it sees neither the patch in training images nor BLTO.",
+        "Begun in windows, as the scan does, it finds nine of ten BadEncoders with trucks as the target and eight of "
+        "ten with a class each, with the paper's one random start two of the former; of twelve patches in training "
+        "images it flags one, of BLTO's encoders none.",
         must_show="test_decree::test_a_planted_patch_is_found_and_far_smaller_than_what_a_clean_encoder_needs",
         positive="test_decree::test_windows_find_a_patch_where_one_random_start_misses_it",
     )

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from blto.data.views import SIMCLR
 from blto.defenses.base import RecipeChange
+from blto.defenses.evidence import Evidence
 from blto.errors import ConfigError
 from blto.pretraining import METHODS
 from blto.pretraining.spec import PretrainingSpec
@@ -42,6 +43,10 @@ class ICutMix(RecipeChange):
     """
 
     card = Card("i-CutMix", "mixes pieces of other images into the views", "arXiv 2010.08887", 2021, WHO)
+    evidence = Evidence(
+        "With it the lift of one patch falls from 92 to 65 points (linear) and from 27 to 10 (kNN), for less than a "
+        "point of accuracy."
+    )
 
     def __init__(self, *, alpha: Annotated[float, Field(gt=0, le=100)] = 1.0) -> None:
         self.alpha = alpha
@@ -69,6 +74,10 @@ class LocalizedCropping(RecipeChange):
     """
 
     card = Card("localized cropping", "crops both views in one place", "arXiv 2211.08229", 2024, WHO)
+    evidence = Evidence(
+        "With it the lift of one patch falls from 92 to 82 points (linear) and from 27 to 19 (kNN), for four points of "
+        "accuracy."
+    )
 
     def __init__(self, *, margin: Annotated[float, Field(ge=0, le=1)] = 0.2) -> None:
         self.margin = margin
@@ -93,6 +102,10 @@ class StrongAugmentation(RecipeChange):
     """
 
     card = Card("strong augmentation", "smaller crops, stronger jitter, blur, solarize", "arXiv 2002.05709", 2020, WHO)
+    evidence = Evidence(
+        "With it the lift of one patch falls from 92 to 22 points (linear) and rises from 27 to 51 (kNN), for four "
+        "points of accuracy."
+    )
 
     def __init__(
         self,
