@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-full bench-engine bench-scaling bench-learning bench-accuracy bench-gpu lint clean
+.PHONY: help demo test test-full bench-engine bench-scaling bench-learning bench-accuracy bench-defenses bench-gpu lint clean
 
 help:
 	@echo "make demo       learn a trigger, poison, pretrain and report, on embedded data"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-scaling   speed and memory over batch, width, resolution, images and processes, under 15 minutes"
 	@echo "make bench-learning  does the fast engine learn as much as plain torch?, about 30 minutes"
 	@echo "make bench-accuracy  kNN accuracy against minutes, the 30-minute recipe and lightly's model, about 65 minutes"
+	@echo "make bench-defenses  what is not measured yet of defenses on the committed encoders, hours; goes on after a stop"
 	@echo "make bench-gpu       speed on a GPU against lightly's model, about 15 minutes; needs no data"
 	@echo "make lint       ruff, mypy and the import layers alone"
 	@echo "make clean      remove .venv and every cache; runs/ stays"
@@ -42,6 +43,14 @@ bench-scaling: $(STAMP)
 
 bench-accuracy: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy_over_time
+
+bench-defenses: $(STAMP)
+	$(BIN)/python -m benchmarks.detectors
+	$(BIN)/python -m benchmarks.class_reach
+	$(BIN)/python -m benchmarks.landing
+	$(BIN)/python -m benchmarks.filters
+	$(BIN)/python -m benchmarks.repairs
+	$(BIN)/python -m benchmarks.retraining
 
 bench-gpu:
 	benchmarks/gpu.sh

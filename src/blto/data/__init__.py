@@ -58,7 +58,7 @@ def load(
 
     Args:
         spec: a name, or `{"name": ..., **arguments}`.
-        data_root: where files are looked for; the variable BLTO_DATA where None.
+        data_root: where files are looked for; the variable BLTO_DATA where None or empty.
         split: "train" or "test".
         poisoned: permit a set that is marked as poisoned on purpose.
         progress: where a download shows.
