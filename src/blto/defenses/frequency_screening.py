@@ -68,8 +68,8 @@ class FrequencyScreening(DatasetFilter):
         "the training set without labels",
     )
     evidence = Evidence(
-        "It finds CTRL at magnitude 50 and a patch of 12 pixels, on all sets; it does not find BLTO, but where BLTO hides "
-        "from the carried trigger.",
+        "It finds CTRL at magnitude 50 and a patch of 12 pixels, on all sets; BLTO only where it hides from the "
+        "carried trigger.",
         must_show="test_frequency_screening::test_ctrl_is_found",
         positive="test_frequency_screening::test_a_patch_of_fine_detail_is_found",
     )
