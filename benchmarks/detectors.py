@@ -115,8 +115,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     flagged = [
         f"{name} by its own threshold: "
-        + ", ".join(f"{sum(row['flagged'] for row in of)} of {len(of)} {group}" for group, of in groups.items())
-        + "."
+        + ", ".join(
+            f"{sum(row['flagged'] for row in of)} of {len(of)} {group}"
+            for group, of in groups.items()
+            if group == CLEAN or any(row["flagged"] for row in of)
+        )
+        + ", of others none."
         for name, groups in by_threshold(rows).items()
     ]
     return "\n".join([*lines, "", *flagged])

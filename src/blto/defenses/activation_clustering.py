@@ -60,8 +60,8 @@ class ActivationClustering(DatasetFilter):
         "the training set without labels and the encoder pretrained on it",
     )
     evidence = Evidence(
-        "It finds the patch at 9.9% in three of three sets, with pseudo-classes in none; at 5% and less, and of BLTO, "
-        "neither finds enough to remove; the default was chosen on these sets.",
+        "It finds the patch at 9.9% in five of five sets, with pseudo-classes in none of three; at 5% and less, and of "
+        "BLTO, neither finds enough to remove; the default was chosen on these sets.",
         must_show="test_feature_filters::"
         "test_a_row_of_the_smaller_cluster_scores_its_silhouette_and_others_minus_theirs",
         positive="test_feature_filters::test_poisons_that_fill_a_pseudo_class_are_found_in_the_whole_set_alone",

@@ -55,8 +55,8 @@ class CarriedTrigger(DatasetFilter):
     )
     evidence = Evidence(
         "Of the 500 images that it ranks highest, 66 to 85% are BLTO's 500 poisons, in nine of ten sets with trucks as "
-        "the target, on which it was tuned, 83% in one more, and 85% in one with frogs; on the one set with airplanes, "
-        "whose trigger is weak, it finds none, nor does it find the patch.",
+        "the target, on which it was tuned, 83% in one more, and 85% in one with frogs; on two sets with airplanes, "
+        "whose triggers are weak, it finds none, nor does it find the patch.",
         must_show="test_carried_trigger::test_images_that_carry_what_the_encoder_reacts_to_lie_above_all_others",
     )
 

@@ -41,8 +41,8 @@ class CleanFineTuning(EncoderRepair):
         "the encoder and clean images without labels",
     )
     evidence = Evidence(
-        "With 1 to 10% of the clean images the ASR of three patch victims falls from 67-98% to 11-15% and of three "
-        "BadEncoders from 96-98% to 3-10%, for one to two points of accuracy; BLTO's stays.",
+        "With 1 to 10% of the clean images the ASR of three patch victims falls from 67-99% to 11-15% and of three "
+        "BadEncoders from 96-99% to 3-10% (linear; kNN 4-21%), for one to two points of accuracy; BLTO's stays.",
         must_show="test_clean_fine_tuning::test_zero_epochs_change_nothing_and_what_is_given_is_left_alone",
         positive="test_clean_fine_tuning::test_a_taught_backdoor_gets_weaker",
     )

@@ -137,7 +137,7 @@ class CLP(EncoderRepair):
     )
     evidence = Evidence(
         "On four of four patch victims the ASR falls to 8-14% (on one, by a probe of other images, to 29%), for a "
-        "point of accuracy; BadEncoder's and BLTO's stay as they are.",
+        "point of accuracy; BadEncoder's falls by 11 points at most, BLTO's not.",
         must_show="test_clp::test_a_large_u_is_the_identity_and_a_small_one_is_not",
         positive="test_clp::test_the_planted_channel_is_pruned_and_no_other_and_the_trigger_is_dead",
     )

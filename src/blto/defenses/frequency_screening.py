@@ -69,7 +69,7 @@ class FrequencyScreening(DatasetFilter):
     )
     evidence = Evidence(
         "It finds CTRL at magnitude 50 and a patch of 12 pixels, on all sets; BLTO only where it hides from the "
-        "carried trigger.",
+        "carried trigger, on two of two sets.",
         must_show="test_frequency_screening::test_ctrl_is_found",
         positive="test_frequency_screening::test_a_patch_of_fine_detail_is_found",
     )

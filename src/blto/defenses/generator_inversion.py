@@ -54,9 +54,9 @@ class GeneratorInversion(EncoderDetector):
         threat_model="the encoder, clean encoders of its family, and clean images without labels",
     )
     evidence = Evidence(
-        "With trucks as the target, on encoders that it was designed on, it tells ten of ten patch and ten of ten "
-        "BadEncoder encoders from clean ones, and five of BLTO's ten; of ten BadEncoders with a class each it finds "
-        "five, and neither a patch for airplanes nor BLTO for other classes.",
+        "With trucks as the target, on encoders that it was designed on, ten of ten patch, ten of ten BadEncoder and "
+        "three of BLTO's ten encoders score above all of 35 clean ones; of ten BadEncoders with a class each five do, "
+        "and neither a patch for airplanes nor BLTO for other classes.",
         must_show="test_generator_inversion::test_a_further_clean_encoder_is_told_from_a_tampered_one_and_no_other",
         positive="test_generator_inversion::test_a_planted_reaction_is_found_in_whatever_encoder_and_cluster_it_is",
     )

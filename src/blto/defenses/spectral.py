@@ -45,9 +45,9 @@ class SpectralSignatures(DatasetFilter):
         "the training set without labels and the encoder pretrained on it",
     )
     evidence = Evidence(
-        "It finds the patch at 9.9% and 5% in four of four sets, with pseudo-classes in none; at 2% and less neither "
-        "finds enough to remove, of BLTO for trucks and airplanes neither, for frogs more than half; the default was "
-        "chosen on these sets.",
+        "It finds the patch at 9.9% and 5% in six of six sets, with pseudo-classes in none of four; at 2% and less "
+        "neither finds enough to remove; of BLTO the default finds more than half on one set for frogs, and too little "
+        "for trucks, airplanes, or where it hides; it was chosen on four of these sets.",
         must_show="test_feature_filters::test_a_spectral_score_is_the_squared_projection_within_the_pseudo_class",
         positive="test_feature_filters::test_poisons_that_fill_a_pseudo_class_are_found_in_the_whole_set_alone",
     )
