@@ -36,8 +36,6 @@ PROBE_IMAGES = 10_000
 COLUMNS = ("ASR (linear)", "Lift", "ASR (kNN)", "Lift", "Accuracy (linear)", "Clean twin's")
 Found = dict[str, dict[str, float | None]]
 """Probe -> metric -> value."""
-
-
 Rows = Sequence[dict[str, Any]]
 
 
@@ -98,13 +96,19 @@ class Bench(NamedTuple):
         return cls(train.subset(np.sort(draw)), test)
 
 
+class Triggered(NamedTuple):
+    """The test images with a trigger, uint8 (N, 3, S, S), and the class to which it is to send them."""
+
+    images: npt.NDArray[np.uint8]
+    target_class: int
+
+
 class Victim(NamedTuple):
-    """A backdoored encoder with the test images that hold its trigger."""
+    """A backdoored encoder, the hash of its file, and the test images with its trigger."""
 
     banked: Banked
     digest: str
-    target_class: int
-    triggered: npt.NDArray[np.uint8]
+    triggered: Triggered
 
 
 def bank(results: Path, parts: Sequence[str] = PARTS) -> Iterator[Banked]:
@@ -172,19 +176,19 @@ def poisoned_set(banked: Banked, train: ImageSet) -> PoisonedDataset:
 
 def victim(banked: Banked, digest: str, bench: Bench) -> Victim:
     """One of the bank's, with triggered test images. Raises InputRefused as `trigger_of`."""
-    target = banked.record.spec["attack"]["target_class"]
-    return Victim(banked, digest, target, apply_to_uint8(trigger_of(banked, bench.probe).at_test(), bench.test.images))
+    images = apply_to_uint8(trigger_of(banked, bench.probe).at_test(), bench.test.images)
+    return Victim(banked, digest, Triggered(images, banked.record.spec["attack"]["target_class"]))
 
 
-def judge(encoder: Encoder, twin: Encoder, of: Victim, bench: Bench) -> Found:
+def judge(encoder: Encoder, twin: Encoder, triggered: Triggered, bench: Bench) -> Found:
     """Both probes' metrics of an encoder beside a twin, as a run's record has them."""
     found = evaluate_backdoor(
         encoder,
         twin,
         train=bench.probe,
         test=bench.test,
-        triggered=of.triggered,
-        target_class=of.target_class,
+        triggered=triggered.images,
+        target_class=triggered.target_class,
         probes={probe: {} for probe in PROBES},
     )
     return {probe: {name: metrics[name].value for name in METRICS} for probe, metrics in found.metrics.items()}

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bank import CLEAN, Banked, Bench, Victim, arguments, bank, cifar10, judge, recorded, table_of
+from benchmarks.bank import CLEAN, Bench, Triggered, arguments, bank, cifar10, judge, recorded, table_of
 from blto.data.images import ImageSet
 from blto.defenses.base import Conditions
 from blto.defenses.cluster_triggers import Search, common_clusters, invert_clusters, vectors_of
 from blto.evaluation import PROBES
 from blto.files import append_jsonl
 from blto.models.checkpoints import load_encoder
+from blto.models.encoder import Encoder
 from blto.poisoning import apply_to_uint8
 from blto.runtime.progress import SILENT
 
@@ -56,8 +57,8 @@ def measure(results: Path, train: ImageSet, test: ImageSet) -> None:
     triggers = invert_clusters(encoders, features, images.images, labels, SEARCH, conditions)
     rows = []
     for target, (name, trigger) in enumerate(zip(train.class_names, triggers, strict=True)):
-        triggered = apply_to_uint8(trigger.at_test(), bench.test.images)
-        found = [rates(clean[seed], Victim(clean[seed], "", target, triggered), bench) for seed in JUDGED_ON]
+        triggered = Triggered(apply_to_uint8(trigger.at_test(), bench.test.images), target)
+        found = [rates(load_encoder(clean[seed].file), triggered, bench) for seed in JUDGED_ON]
         of_class = np.bincount(clusters[labels == target], minlength=CLUSTERS)
         best = int(of_class.argmax())
         row = {"class": name, "found": found, "in_cluster": float(of_class[best] / of_class.sum())}
@@ -68,10 +69,9 @@ def measure(results: Path, train: ImageSet, test: ImageSet) -> None:
         append_jsonl(results / FILE, row)
 
 
-def rates(banked: Banked, of: Victim, bench: Bench) -> dict[str, dict[str, float | None]]:
-    """Probe -> ASR and untriggered rate of a clean encoder."""
-    encoder = load_encoder(banked.file)
-    found = judge(encoder, encoder, of, bench)
+def rates(clean: Encoder, triggered: Triggered, bench: Bench) -> dict[str, dict[str, float | None]]:
+    """Probe -> ASR and untriggered rate of an encoder that has no victim: it stands for its own twin."""
+    found = judge(clean, clean, triggered, bench)
     return {probe: {name: found[probe][name] for name in ("asr", "untriggered_rate")} for probe in PROBES}
 
 

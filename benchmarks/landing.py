@@ -45,8 +45,8 @@ def measure(results: Path, seeds: Sequence[int], train: ImageSet, test: ImageSet
         digest = sha256_file(banked.file)
         if digest in done:
             continue
-        of = victim(banked, digest, bench)
-        triggered = ImageSet(of.triggered, test.labels, test.class_names, test.name)
+        of = victim(banked, digest, bench).triggered
+        triggered = ImageSet(of.images, test.labels, test.class_names, test.name)
         row = {"group": banked.group, "seed": banked.seed, "encoder_sha256": digest}
         row |= {"target": test.class_names[of.target_class], "classes": list(test.class_names)}
         for name, encoder in (("victim", load_encoder(banked.file)), ("clean_twin", twin_of(banked))):

@@ -96,11 +96,11 @@ def measure(
             for each in wanted:
                 encoder = load_encoder(each.banked.file)
                 if each.digest not in before:
-                    before[each.digest] = judge(encoder, twin, each, bench)
+                    before[each.digest] = judge(encoder, twin, each.triggered, bench)
                 started = time.process_time()
                 repaired = repair_encoder(repair, encoder, clean, conditions)
                 seconds = time.process_time() - started
-                after = judge(repaired, repaired_twin, each, bench)
+                after = judge(repaired, repaired_twin, each.triggered, bench)
                 row = {"repair": name, "spec": spec, "share": share, "group": each.banked.group, "seed": seed}
                 row |= {"encoder_sha256": each.digest, "before": before[each.digest], "after": after}
                 append_jsonl(file, {**row, "cpu_seconds": round(seconds, 1)})

@@ -72,15 +72,16 @@ def measure(results: Path, store: Path, seeds: Sequence[int], train: ImageSet, t
         if not left:
             continue
         poisoned, encoder = poisoned_set(banked, train), load_encoder(banked.file)
-        suspects, of, twin = poisoned.training_images(), victim(banked, digest, bench), twin_of(banked)
-        removed, before = EXCESS * banked.attack.poison_rate, judge(encoder, twin, of, bench)
+        suspects, twin = poisoned.training_images(), twin_of(banked)
+        triggered = victim(banked, digest, bench).triggered
+        removed, before = EXCESS * banked.attack.poison_rate, judge(encoder, twin, triggered, bench)
         for name, spec in left.items():
             chance = numpy_generator(banked.seed, "select", "removed").random(len(train))
             scores = ranking(spec, encoder, suspects) if spec else chance
             kept = np.sort(np.argsort(-scores, kind="stable")[round(removed * len(train)) :])
             recipe = ExperimentSpec.parse(dict(banked.record.spec))
             stage = pretrain_stage(recipe, suspects.subset(kept), environment)
-            after = judge(load_encoder(stage.path / ENCODER), twin, of, bench)
+            after = judge(load_encoder(stage.path / ENCODER), twin, triggered, bench)
             row = {"filter": name, "spec": spec, "removed": removed, "group": banked.group, "seed": banked.seed}
             row |= {"encoder_sha256": digest, "poisons_left": float(poisoned.mask[kept].sum() / poisoned.n_poisoned)}
             append_jsonl(file, {**row, "before": before, "after": after})

@@ -1,4 +1,4 @@
-"""The benchmark of how easily classes are reached: what it measures, that it goes on, and its table."""
+"""The benchmark of how easily classes are reached: what it measures, once, and its table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import class_reach
-from benchmarks.bank import Bench, Victim, bank, judge
+from benchmarks.bank import Bench, Triggered, bank, judge
 from blto.data import load
 from blto.defenses.cluster_triggers import Search
 from blto.evaluation import PROBES
@@ -68,7 +68,7 @@ def test_each_class_has_its_own_trigger_judged_on_every_encoder(results: Path, m
         triggered = apply_to_uint8(trigger, TEST.images)
         for found, banked in zip(row["found"], judged.values(), strict=True):
             encoder = load_encoder(banked.file)
-            expected = judge(encoder, encoder, Victim(banked, "", target, triggered), bench)
+            expected = judge(encoder, encoder, Triggered(triggered, target), bench)
             assert {probe: found[probe]["asr"] for probe in PROBES} == {
                 probe: expected[probe]["asr"] for probe in PROBES
             }

@@ -1,4 +1,4 @@
-"""The benchmark of where triggered images go: what it measures, that it goes on, and its table."""
+"""The benchmark of where triggered images go: what it measures, once, and its table."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import landing
-from benchmarks.bank import bank
+from benchmarks.bank import Bench, bank, judge, twin_of, victim
 from blto.data import load
 from blto.evaluation import PROBES
 from blto.files import read_jsonl
+from blto.models.checkpoints import load_encoder
 from blto.records import RunStore
 from tests.tiny_experiment import TINY_EXPERIMENT, export_run
 
@@ -26,12 +27,12 @@ def test_shares_are_those_of_the_other_classes_and_agree_with_the_asr(tmp_path: 
     (row,) = read_jsonl(results / landing.FILE)
     assert row["target"] == test.class_names[1]
     (banked,) = bank(results)
+    bench = Bench(train, test)
+    found = judge(load_encoder(banked.file), twin_of(banked), victim(banked, "", bench).triggered, bench)
     for probe in PROBES:
         for encoder, metric in (("victim", "asr"), ("clean_twin", "asr_clean_twin")):
             assert sum(row[encoder][probe]) == pytest.approx(1)
-            known = banked.record.metric(metric, probe)
-            assert known is not None
-            assert row[encoder][probe][1] == pytest.approx(known.value, abs=0.03)  # the export's weights are in fp16
+            assert row[encoder][probe][1] == pytest.approx(found[probe][metric])
 
 
 def test_the_table_names_the_class_that_gets_most() -> None:

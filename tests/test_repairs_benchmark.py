@@ -122,7 +122,7 @@ def test_the_twin_is_repaired_in_the_same_way(results: Path) -> None:
         for each in (load_encoder(banked.file), twin_of(banked))
     )
     bench = Bench(TRAIN, TEST)  # fewer than PROBE_IMAGES, so all of them
-    assert judge(encoder, twin, victim(banked, "", bench), bench) == row["after"]
+    assert judge(encoder, twin, victim(banked, "", bench).triggered, bench) == row["after"]
 
 
 def row(seed: int, *, asr: float, share: float = 0.1, repair: str = "fine-tuning") -> dict[str, Any]:
